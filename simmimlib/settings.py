@@ -49,14 +49,14 @@ class Settings:
         # which holds what -p and -f gave, with "# Parameters" alone.
         cells = [source for source in namespace["In"] if source.lstrip().startswith("# Parameters")]
         last_own = max(i for i, source in enumerate(cells) if source.lstrip().startswith("# Parameters:"))
-        names = {
-            target.id
+        assignments = [
+            node
             for source in cells[last_own:]
             for node in ast.parse(source).body
-            if isinstance(node, ast.Assign)
-            for target in node.targets
-            if isinstance(target, ast.Name)
-        }
+            if isinstance(node, ast.Assign | ast.AnnAssign)
+        ]
+        targets = [node.target if isinstance(node, ast.AnnAssign) else node.targets[0] for node in assignments]
+        names = dict.fromkeys(target.id for target in targets)
         return cls.from_values({name: namespace[name] for name in names})
 
 

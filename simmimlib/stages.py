@@ -1,0 +1,105 @@
+"""Runs a notebook as a pipeline stage, with the active profile's values and one arm's changes.
+
+    python -m simmimlib.stages activate quick              # params.yaml becomes profiles/quick.yaml
+    python -m simmimlib.stages data
+    python -m simmimlib.stages pretrain --arm l2 --seed 0
+    python -m simmimlib.stages finetune --arm l2 --seed 0
+    python -m simmimlib.stages ablations
+
+Needs papermill, neither DVC nor git. The executed notebook lands beside the stage's other files when it has finished;
+when it fails it stays in ``.scratch/`` with the traceback, and the command ends non-zero.
+"""
+
+import argparse
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import yaml
+
+from simmimlib.settings import load_yaml, project_root
+
+SCRATCH = Path(".scratch")
+
+
+def stage_parameters(stage: str, params: dict, arm: str, seed: int) -> tuple[str, dict, Path]:
+    """Notebook, parameters and folder of the files of one stage."""
+    profile = params["profile"]
+    packed, results = f"data/packed/{profile}", Path("results") / profile
+    run = results / "runs" / f"{arm}-{seed}"
+    if stage == "data":
+        return "01_data", {**params["data"], "out": packed}, results
+    if stage == "ablations":
+        return "04_ablations", {"profile": profile, "out": str(results)}, results
+    changes = load_yaml("arm", arm).get(stage) or {}
+    values = {**params["model"], **params[stage], **changes, "data": packed, "seed": seed, "out": str(run / stage)}
+    if stage == "finetune" and arm != "scratch":
+        values["checkpoint"] = str(run / "pretrain" / "model.safetensors")
+    return {"pretrain": "02_pretrain", "finetune": "03_finetune"}[stage], values, run / stage
+
+
+def run_notebook(notebook: str, parameters: dict, folder: Path) -> None:
+    """Executes ``notebooks/<notebook>.ipynb`` and puts the executed copy into ``folder``."""
+    # A grammar that jsonschema would load to check one string format, which no notebook uses: it takes over a second,
+    # as long as the rest of papermill.
+    sys.modules.setdefault("rfc3987_syntax", None)
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    import papermill  # imported here: activating a profile does not need it
+
+    SCRATCH.mkdir(exist_ok=True)
+    scratch = SCRATCH / "-".join([*folder.parts[1:], f"{notebook}.ipynb"])
+    try:
+        papermill.execute_notebook(
+            f"notebooks/{notebook}.ipynb",
+            str(scratch),
+            parameters,
+            kernel_name="python3",
+            progress_bar=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+        )
+    except papermill.PapermillExecutionError as error:
+        sys.exit(f"{error.ename}: {error.evalue}\n{notebook} failed; the notebook with the traceback is {scratch}")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.move(scratch, folder / f"{notebook}.ipynb")
+
+
+def activate(name: str) -> None:
+    """Copies a profile to params.yaml, unless params.yaml holds edits that are in no profile."""
+    active = Path("params.yaml")
+    wanted = load_yaml("profile", name)
+    if active.exists():
+        current = yaml.safe_load(active.read_text())
+        profiles = [yaml.safe_load(path.read_text()) for path in Path("profiles").glob("*.yaml")]
+        if current == wanted:
+            return
+        if current not in profiles:
+            sys.exit(
+                "params.yaml has changes that no file of profiles/ has: keep them as profiles/<new name>.yaml (with "
+                "that name as its `profile`), or drop them with `git checkout params.yaml`, then try again"
+            )
+    shutil.copyfile(f"profiles/{name}.yaml", active)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m simmimlib.stages", description=__doc__.split("\n")[0])
+    parser.add_argument("stage", choices=["activate", "data", "pretrain", "finetune", "ablations"])
+    parser.add_argument("name", nargs="?", help="the profile to activate")
+    parser.add_argument("--arm", default="default", help="a file of arms/, without .yaml")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if not (project_root() / "dvc.yaml").exists():
+        parser.error("run this in the project's folder (the one that holds dvc.yaml)")
+    try:
+        if arguments.stage == "activate":
+            activate(arguments.name or "")
+            return
+        params = yaml.safe_load(Path("params.yaml").read_text())
+        run_notebook(*stage_parameters(arguments.stage, params, arguments.arm, arguments.seed))
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+from conftest import write_images
+from simmimlib.data import (
+    Batches,
+    DataSettings,
+    centre_boxes,
+    crop,
+    labelled_subset,
+    open_packed,
+    pack,
+    random_resized_boxes,
+    to_pixels,
+)
+
+CPU = torch.device("cpu")
+
+
+def pack_folder(tmp_path, path, **changes):
+    settings = DataSettings(
+        **{"data": "folder", "path": str(path), "channels": 3, "out": str(tmp_path / "out")} | changes
+    )
+    return pack(settings)
+
+
+def test_mnist5k(tmp_path):
+    manifest = pack(DataSettings(out=str(tmp_path / "mnist")))
+    packed = open_packed(str(tmp_path / "mnist"))
+    assert (manifest["train"], manifest["val"], len(manifest["classes"])) == (4000, 1000, 10)
+    assert packed.train.images.shape == (4000, 32, 32, 1) and packed.train.images.dtype == np.uint8
+    assert (np.bincount(packed.train.labels) == 400).all() and (np.bincount(packed.val.labels) == 100).all()
+    assert not packed.train.images[:, :2].any(), "28 pixels are padded to 32"
+    batches = Batches(packed.train, packed, 32, 4000, CPU, torch.Generator())
+    images, _ = next(iter(batches))
+    assert abs(images.mean()) < 1e-3 and abs(images.std() - 1) < 1e-3
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 4)])
+def test_folder_keeps_pixels(tmp_path, mode, channels):
+    root = write_images(tmp_path / "images", mode=mode)
+    pack_folder(tmp_path, root, size=16, channels=channels)
+    packed = open_packed(str(tmp_path / "out"))
+    assert packed.classes == ["dark", "light"] and packed.train.labels.tolist() == [0] * 8 + [1] * 8
+    original = np.asarray(Image.open(root / "train/light/3.png")).reshape(16, 16, channels)
+    np.testing.assert_array_equal(packed.train.images[11], original)
+    images, _ = next(iter(Batches(packed.train, packed, 16, 16, CPU)))
+    np.testing.assert_allclose(to_pixels(images, packed)[11] * 255, original, atol=1e-3)
+
+
+def test_test_folder_serves_as_validation(tmp_path):
+    pack_folder(tmp_path, write_images(tmp_path / "images", splits=("train", "test")), size=16)
+    assert len(open_packed(str(tmp_path / "out")).val.images) == 16
+
+
+def test_images_without_classes(tmp_path):
+    write_images(tmp_path / "images", splits=(".",), classes=(".",))
+    assert pack_folder(tmp_path, tmp_path / "images", size=16)["train"] == 8
+    assert (open_packed(str(tmp_path / "out")).train.labels == -1).all()
+
+
+def test_class_folders_without_train(tmp_path):
+    manifest = pack_folder(tmp_path, write_images(tmp_path / "images", splits=(".",)), size=16)
+    assert manifest["classes"] == ["dark", "light"] and manifest["val"] == 0
+
+
+def test_limits_take_the_same_images_again(tmp_path, image_folder):
+    first = pack_folder(tmp_path, image_folder, size=16, train_per_class=3, val_per_class=2)
+    images = np.array(open_packed(str(tmp_path / "out")).train.images)
+    assert (first["train"], first["val"]) == (6, 4)
+    pack_folder(tmp_path, image_folder, size=16, train_per_class=3, val_per_class=2)
+    np.testing.assert_array_equal(open_packed(str(tmp_path / "out")).train.images, images)
+
+
+def test_corrupt_files_are_all_named_and_nothing_is_left(tmp_path, image_folder):
+    (image_folder / "train/dark/broken.jpg").write_bytes(b"no image")
+    (image_folder / "val/light/notes.txt").write_text("no image either")
+    cut = (image_folder / "train/light/0.png").read_bytes()[:200]
+    (image_folder / "train/light/0.png").write_bytes(cut)
+    with pytest.raises(ValueError) as error:
+        pack_folder(tmp_path, image_folder, size=16)
+    assert "3 of 34 files are no readable images" in str(error.value)
+    for name in ("train/dark/broken.jpg", "val/light/notes.txt", "train/light/0.png"):
+        assert name in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
+
+
+def test_failure_keeps_the_packed_folder_of_before(tmp_path, image_folder):
+    pack_folder(tmp_path, image_folder, size=16)
+    (image_folder / "train/dark/broken.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError):
+        pack_folder(tmp_path, image_folder, size=16)
+    assert len(open_packed(str(tmp_path / "out")).train.images) == 16
+
+
+def test_bad_folders(tmp_path, image_folder):
+    with pytest.raises(ValueError, match=r"path = .*nowhere.*: must be an existing folder"):
+        pack_folder(tmp_path, tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="a folder that holds images"):
+        pack_folder(tmp_path, tmp_path / "empty")
+    (image_folder / "val/unseen").mkdir()
+    with pytest.raises(ValueError, match=r"has classes that .*train lacks: unseen"):
+        pack_folder(tmp_path, image_folder)
+    with pytest.raises(ValueError, match=r"there is no packed data set.*01_data.ipynb"):
+        open_packed(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "imagenet21k"}, "data = 'imagenet21k': must be one of mnist5k, cifar10"),
+        ({"channels": 2}, "channels = 2: must be one of 1, 3, 4"),
+        ({"size": "32"}, "size = '32' (str): must be of type int"),
+        ({"data": "folder"}, "path = '': must be the image folder"),
+        ({"path": "somewhere"}, "path = 'somewhere': must be empty unless data is 'folder'"),
+        ({"statistics": "imagenet"}, "statistics = 'imagenet': must be 'dataset' unless RGB"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(ValueError) as error:
+        DataSettings(**changes)
+    assert message in str(error.value)
+
+
+def test_labelled_subset(generator):
+    labels = np.repeat(np.arange(10), 50)
+    chosen = labelled_subset(labels, 100, generator)
+    assert len(set(chosen.tolist())) == 100 and (np.bincount(labels[chosen]) == 10).all()
+    again = labelled_subset(labels, 100, torch.Generator().manual_seed(0))
+    assert np.array_equal(chosen, again)
+    assert np.array_equal(labelled_subset(labels, 0, generator), np.arange(500))
+    with pytest.raises(ValueError, match="labels = 15: must be 0 .all. or a multiple of the 10 classes"):
+        labelled_subset(labels, 15, generator)
+    with pytest.raises(ValueError, match="labels = 510: must be at most 500"):
+        labelled_subset(labels, 510, generator)
+
+
+def test_crops_are_distributed_like_torchvisions(generator):
+    """Mean and spread of left, top, width and height over 4,000 draws agree with RandomResizedCrop's."""
+    image = torch.empty(3, 120, 200)
+    torch.manual_seed(0)
+    reference = torch.tensor(
+        [RandomResizedCrop.get_params(image, (0.67, 1), (3 / 4, 4 / 3)) for _ in range(4000)]
+    ).float()
+    top, left, height, width = reference.T
+    boxes = random_resized_boxes(torch.tensor([[200.0, 120.0]]).repeat(4000, 1), 0.67, generator)
+    left_, top_, right_, bottom_ = (boxes * torch.tensor([200, 120, 200, 120])).T
+    for ours, theirs in ((left_, left), (top_, top), (right_ - left_, width), (bottom_ - top_, height)):
+        assert abs(ours.mean() - theirs.mean()) < 2.5 and abs(ours.std() - theirs.std()) < 2.5
+    assert boxes.min() >= 0 and boxes.max() <= 1
+
+
+def test_crop_cuts_the_box(generator):
+    images = torch.rand(2, 3, 8, 8) * 255
+    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.25, 0.5, 0.75, 1.0]])
+    torch.testing.assert_close(crop(images, boxes, 8)[0], images[0])
+    torch.testing.assert_close(crop(images, boxes, 4)[1], images[1, :, 4:8, 2:6])
+    flipped = crop(images, boxes[:, [2, 1, 0, 3]], 8)
+    torch.testing.assert_close(flipped[0], images[0].flip(-1))
+
+
+def test_centre_crop_has_the_right_shape():
+    left, top, right, bottom = centre_boxes(torch.tensor([[200.0, 100.0]]), 0.8)[0].tolist()
+    assert [round((right - left) * 200), round((bottom - top) * 100)] == [80, 80]
+
+
+def test_batches_are_reproducible_and_cover_the_set(packed_folder):
+    packed = open_packed(packed_folder)
+
+    def epoch(seed):
+        batches = Batches(packed.train, packed, 16, 4, CPU, torch.Generator().manual_seed(seed), scale=0.5, flip=True)
+        assert len(batches) == 4
+        return [images for images, _ in batches]
+
+    assert all(torch.equal(a, b) for a, b in zip(epoch(1), epoch(1), strict=True))
+    assert not torch.equal(epoch(1)[0], epoch(2)[0])
+    plain = Batches(packed.val, packed, 16, 5, CPU)
+    assert [len(labels) for _, labels in plain] == [5, 5, 5, 1] and len(plain) == 4
+
+
+def test_manifest_describes_the_set(packed_folder):
+    with open(f"{packed_folder}/manifest.json") as file:
+        manifest = json.load(file)
+    assert manifest["classes"] == ["dark", "light"] and manifest["size"] == 16 and len(manifest["mean"]) == 3
