@@ -1,0 +1,138 @@
+"""The pipeline and the notebooks, run as a user runs them, on a few tiny images."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import ROOT, TINY, write_images
+
+PARTS = ("notebooks", "simmimlib", "arms", "profiles", "dvc.yaml", ".dvcignore")
+
+
+def run(*command, cwd, ok=True):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    assert (done.returncode == 0) == ok, output[-5000:]
+    return output
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the project whose active profile is tiny."""
+    root = tmp_path / "project"
+    root.mkdir()
+    for part in PARTS:
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, root / part, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        else:
+            shutil.copy(source, root / part)
+    write_images(tmp_path / "images")
+    profile = {
+        "profile": "tiny",
+        "arms": ["default"],
+        "seeds": [0],
+        "data": {"data": "folder", "path": str(tmp_path / "images"), "size": 16, "channels": 3},
+        "model": {"encoder": "vit_tiny_patch16_224", "encoder_kwargs": TINY, "image_size": 16},
+        "pretrain": {"mask_patch_size": 4, "epochs": 2, "batch_size": 8},
+        "finetune": {"labels": 8, "epochs": 2, "batch_size": 4},
+    }
+    (root / "profiles/tiny.yaml").write_text(yaml.safe_dump(profile))
+    shutil.copy(root / "profiles/quick.yaml", root / "params.yaml")
+    run(sys.executable, "-m", "simmimlib.stages", "activate", "tiny", cwd=root)
+    run("dvc", "init", "-q", "--no-scm", cwd=root)
+    return root
+
+
+def test_pipeline(project):
+    run("dvc", "repro", cwd=project)
+    results = project / "results/tiny"
+    table = pd.read_csv(results / "ablations.csv")
+    assert table["arm"].tolist() == ["default", "scratch"] and table["top1"].between(0, 100).all()
+    runs = pd.read_csv(results / "runs.csv")
+    assert runs["images_seen"].tolist() == [16, 16] and set(runs["seed"]) == {0}
+    assert "| Default" in (results / "ablations.md").read_text()
+    for figure in ("arms", "loss", "top1", "reconstructions"):
+        assert (results / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+    executed = json.loads((results / "runs/default-0/pretrain/02_pretrain.ipynb").read_text())
+    assert any(cell.get("outputs") for cell in executed["cells"])
+    assert "results/tiny/summary.json" in run("dvc", "metrics", "show", cwd=project)
+
+    assert "up to date" in run("dvc", "repro", cwd=project), "a second repro does nothing"
+
+    # prose, outputs and metadata of a notebook, or the code of a figure, re-train nothing
+    for path in (project / "notebooks").glob("*.ipynb"):
+        notebook = json.loads(path.read_text())
+        notebook["cells"][0]["source"] = ["another title"]
+        notebook["cells"][1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": ["hello"]}]
+        notebook["metadata"]["saved"] = "by JupyterLab"
+        path.write_text(json.dumps(notebook))
+    with (project / "simmimlib/figures.py").open("a") as file:
+        file.write("# another figure\n")
+    output = run("dvc", "repro", cwd=project)
+    for stage in ("data@tiny", "pretrain@tiny-default-0", "finetune@tiny-default-0", "scratch@tiny-0"):
+        assert f"Stage '{stage}' didn't change" in output
+    assert "Running stage 'ablations@tiny'" in output
+
+
+def test_a_failing_stage_leaves_its_notebook_where_it_says(project):
+    shutil.rmtree(project.parent / "images" / "train" / "dark")
+    output = run(sys.executable, "-m", "simmimlib.stages", "data", cwd=project, ok=False)
+    assert "has classes that" in output and "train lacks: dark" in output
+    kept = output.strip().splitlines()[-1].rpartition(" is ")[2]
+    assert "Traceback" in (project / kept).read_text()
+    assert not (project / "results/tiny/01_data.ipynb").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("activate", "nosuch"), "profile = 'nosuch': there is no profiles/nosuch.yaml; known are "),
+        (("pretrain", "--arm", "nosuch"), "arm = 'nosuch': there is no arms/nosuch.yaml; known are default"),
+    ],
+)
+def test_unknown_names(project, arguments, message):
+    assert message in run(sys.executable, "-m", "simmimlib.stages", *arguments, cwd=project, ok=False)
+
+
+def test_activating_a_profile_keeps_edits(project):
+    with (project / "params.yaml").open("a") as file:
+        file.write("extra: 1\n")
+    output = run(sys.executable, "-m", "simmimlib.stages", "activate", "quick", cwd=project, ok=False)
+    assert "params.yaml has changes" in output and "extra: 1" in (project / "params.yaml").read_text()
+
+
+def papermill(notebook, out, *parameters, cwd=ROOT, ok=True):
+    source = str(ROOT / f"notebooks/{notebook}.ipynb")
+    return run("papermill", "-k", "python3", "--no-progress-bar", source, str(out), *parameters, cwd=cwd, ok=ok)
+
+
+def test_tour(tmp_path):
+    papermill("00_tour", tmp_path / "tour.ipynb", "-p", "mask_ratio", "0.5")
+    cells = json.loads((tmp_path / "tour.ipynb").read_text())["cells"]
+    text = "".join("".join(o.get("text", [])) for c in cells for o in c.get("outputs", []))
+    assert "(1, 3072, 6, 6)" in text and "hidden pixels painted over:  0.0" in text
+    pictures = [o for c in cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(pictures) >= 5
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value", "message"),
+    [
+        ("mask_ratio", "1.5", "mask_ratio = 1.5: must be above 0 and at most 1"),
+        ("mask_rato", "0.5", "unknown parameter 'mask_rato': did you mean 'mask_ratio'?"),
+    ],
+)
+def test_bad_parameters_stop_in_the_first_cell(tmp_path, parameter, value, message):
+    output = papermill("02_pretrain", tmp_path / "out.ipynb", "-p", parameter, value, ok=False)
+    assert f"ValueError: {message}" in output
+    cells = json.loads((tmp_path / "out.ipynb").read_text())["cells"]
+    executed = [cell for cell in cells if cell.get("execution_count")]
+    assert len(executed) == 3, "the parameters, papermill's, and the cell that checks them"

@@ -1,0 +1,80 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from simmimlib.tables import compare, interval, load_runs, to_markdown, verdict, write_tables
+
+ARMS = pd.DataFrame(
+    {
+        "arm": ["default", "scratch", "reconstruct_all", "l2"],
+        "question": ["default", "pretraining", "scope", "loss"],
+        "label": ["Default", "Scratch", "All", "L2"],
+        "paper": [82.8, np.nan, 81.7, 82.7],
+        "paper_status": ["sure", None, "sure", "recalled"],
+    }
+)
+
+
+def runs(**top1):
+    rows = [
+        {"arm": arm, "seed": seed, "top1": value, "top1_best": value + 1, "data": "d", "labels": 10, "device": "CPU"}
+        | {"precision": "float32", "versions": "torch 2"}
+        for arm, values in top1.items()
+        for seed, value in enumerate(values)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_interval_is_students():
+    """Mean 2, standard deviation 1, three values: 2 +- 4.303 / sqrt(3)."""
+    assert interval([1, 2, 3]) == pytest.approx((2, 2 - 2.4841, 2 + 2.4841), abs=1e-3)
+    assert np.isnan(interval([5])[1])
+
+
+def test_differences_are_paired_by_seed():
+    """Seeds differ by 30 points, arms by exactly 2: the paired interval does not see the seeds."""
+    table = compare(runs(default=[50, 65, 80], scratch=[40, 55, 70], reconstruct_all=[48, 63, 78]), ARMS).set_index("arm")
+    row = table.loc["reconstruct_all"]
+    assert row["difference"] == row["difference_low"] == row["difference_high"] == pytest.approx(-2)
+    assert row["paper_difference"] == pytest.approx(-1.1) and row["verdict"] == "agrees"
+    assert table.loc["default", "high"] - table.loc["default", "low"] > 50
+    assert table.loc["scratch", "verdict"] == "not in the paper"
+    assert "l2" not in table.index
+
+
+def test_a_missing_seed_is_left_out_of_the_pairs():
+    frame = runs(default=[50, 60, 70], l2=[51, 61, 71])
+    frame = frame[~((frame["arm"] == "l2") & (frame["seed"] == 2))]
+    row = compare(frame, ARMS).set_index("arm").loc["l2"]
+    assert row["seeds"] == 2 and row["difference"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "paper", "expected"),
+    [
+        (-2.0, -0.1, -1.1, "agrees"),
+        (0.1, 2.0, -1.1, "disagrees"),
+        (-0.4, 0.4, -1.1, "disagrees"),
+        (-2.0, 0.6, -1.1, "undecided at this scale"),
+        (-0.4, 0.3, -0.1, "agrees"),
+        (-0.4, 0.6, -0.1, "undecided at this scale"),
+        (0.6, 1.5, -0.1, "disagrees"),
+        (-9.0, -0.6, -0.1, "disagrees"),
+        (np.nan, np.nan, -0.1, "undecided at this scale"),
+        (1.0, 2.0, np.nan, "not in the paper"),
+    ],
+)
+def test_verdict(low, high, paper, expected):
+    assert verdict(low, high, paper) == expected
+
+
+def test_markdown_and_files(tmp_path):
+    frame = runs(default=[50, 65, 80], l2=[51, 66, 81], reconstruct_all=[48, 63, 77])
+    table = compare(frame, ARMS)
+    markdown = to_markdown(table, "quick", frame)
+    assert "| L2 | 3 | 66.0 (28.7 to 103.3)" in markdown and "82.7 (unverified) | -0.1 |" in markdown
+    write_tables(tmp_path, frame, table, markdown)
+    again = load_runs(tmp_path, ["default"], [0])  # no runs/: the stored runs.csv is read
+    pd.testing.assert_frame_equal(compare(again, ARMS), table)
+    with pytest.raises(ValueError, match="no finished run of the default arm"):
+        load_runs(tmp_path / "nowhere", ["default"], [0])
