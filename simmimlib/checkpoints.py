@@ -1,16 +1,79 @@
-"""Weights in and out: whole files of our own (safetensors), and plain timm models."""
+"""Weights in and out: files of our own (safetensors), the official ``.pth``, Hugging Face's, and plain timm models.
+
+Official behaviour for another image size or window: relative position biases are interpolated (bicubic), what follows
+from the sizes (indices, attention masks) is built again, and a ViT's shared bias table is copied into each block.
+"""
 
 import json
+import logging
+import math
+import re
+import shutil
 from pathlib import Path
 
 import timm
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table, resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
 from simmimlib.encoders import SIMMIM_VIT_BASE, Encoder, create_encoder
 from simmimlib.runtime import whole_file
 from simmimlib.simmim import SimMIM
+
+log = logging.getLogger("simmimlib")
+
+PICKLED = (".pth", ".pt", ".bin")
+HF_FILES = ("model.safetensors", "pytorch_model.bin")  # what transformers' save_pretrained has written, newest first
+TIMM_FILES = {"model.safetensors", "config.json"}
+
+DERIVED = re.compile(r"\.(relative_position_index|relative_coords_table|attn_mask)$")  # follows from the sizes
+SHARED_BIAS = "rel_pos_bias.relative_position_bias_table"
+# the parts of a timm model that come after its tokens and that fine-tuning may start anew
+CLASSIFIER, TOP = r"head(_dist)?\.", r"(head|head_dist|fc_norm|attn_pool)\."
+
+# timm downsamples at the start of the next stage, the official Swin and Hugging Face's at the end of a stage.
+NEXT_STAGE = (r"\blayers\.(\d+)\.downsample\.", lambda match: f"layers.{int(match[1]) + 1}.downsample.")
+ENCODER_AND_DECODER = (  # the encoder with a prefix in pre-training, without it in fine-tuning
+    (r"^encoder\.|^(?!decoder\.)", "encoder.model."),
+    (r"^decoder\.", "head."),
+    (r"^encoder\.model\.mask_token$", "encoder.model.patch_embed.mask_token"),
+)
+# Name of the format; how some key of it begins, the first that fits counts; what makes its keys those of our SimMIM.
+FORMATS = (
+    ("simmimlib's", r"encoder\.model\.", ()),
+    ("simmimlib's encoder", r"model\.", ((r"^model\.", "encoder.model."),)),
+    (
+        "Hugging Face's",
+        r"(swin|vit)\.",
+        (  # two spellings: on disk and, from transformers 5 on, in memory
+            (r"\bembeddings\.(cls_token)", r"\1"),
+            (r"\bembeddings\.(mask_token|norm)", r"patch_embed.\1"),
+            (r"\bembeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+            (r"\bembeddings\.position_embeddings", "pos_embed"),
+            (r"^vit\.(encoder\.layer|layers)\.", "vit.blocks."),
+            (r"\battention\.(self|attention|relative_position_bias)\.", "attention."),
+            (r"\battention\.(output\.dense|o_proj)\.", "attention.proj."),
+            (r"\battention\.([qkv])(uery|ey|alue|_proj)\.", r"attention.\1."),
+            (r"\battention\.", "attn."),
+            (r"\bintermediate\.dense\.", "mlp.fc1."),
+            (r"\boutput\.dense\.", "mlp.fc2."),
+            (r"\blayernorm_before\.", "norm1."),
+            (r"\blayernorm_after\.", "norm2."),
+            (r"\blayernorm\.", "norm."),
+            NEXT_STAGE,
+            (r"^(swin|vit)\.(encoder\.)?", "encoder.model."),
+            (r"^decoder\.", "head."),
+        ),
+    ),
+    (
+        "the official Swin's",
+        r"(encoder\.)?layers\.0\.downsample\.",
+        (*ENCODER_AND_DECODER, NEXT_STAGE, (r"^encoder\.model\.head\.", "encoder.model.head.fc.")),
+    ),
+    ("the official ViT's or timm's", "", ENCODER_AND_DECODER),
+)
 
 
 def save_simmim(path, model: SimMIM) -> None:
@@ -39,17 +102,49 @@ def load_simmim(path) -> SimMIM:
 
 
 def load_checkpoint(path_or_state_dict, model: nn.Module) -> nn.Module:
-    """Loads weights into ``model``; refuses anything that does not fit, by name.
+    """Loads weights into ``model``, logs what went where (logger ``simmimlib``) and refuses what it cannot explain.
 
     Args:
-        path_or_state_dict: a safetensors file or a dictionary of tensors.
+        path_or_state_dict: a ``.safetensors`` file, a ``.pth``, ``.pt`` or ``.bin`` file of tensors (never unpickled),
+            a folder as Hugging Face's ``save_pretrained`` writes it, or the dictionary itself. Its keys tell whose it
+            is: ours, the official SimMIM's (pre-trained or fine-tuned), transformers' ``SwinForMaskedImageModeling``
+            or ``ViTForMaskedImageModeling``, or timm's. Only weights are read: the model's own settings, such as the
+            epsilon of its norms, have to match.
+        model: our ``SimMIM``, its ``Encoder``, or a plain timm model.
+
+    What may differ, and is logged: position embeddings and relative position biases of a square grid are resized;
+    derived buffers are dropped; an ``Encoder`` or timm model takes no prediction head and a timm model no mask token;
+    a classifier is taken only for the same number of classes; what a timm model has after its tokens may stay new.
 
     Raises:
-        ValueError: names or shapes differ.
+        ValueError: a file that cannot be read; names or shapes that do not fit. The model is then as it was.
     """
-    state = path_or_state_dict if isinstance(path_or_state_dict, dict) else load_file(path_or_state_dict)
+    given = isinstance(path_or_state_dict, dict)
+    state = _tensors_of(path_or_state_dict if given else _read(path_or_state_dict), path_or_state_dict)
+    style, state = to_simmimlib(state)
     own = model.state_dict()
-    wrong = [f"{name}: missing" for name in own if name not in state]
+    prefix = "" if isinstance(model, SimMIM) else "encoder." if isinstance(model, Encoder) else "encoder.model."
+    inner = "encoder.model.".removeprefix(prefix)  # where the timm model lies in `own`
+
+    derived = [name for name in state if DERIVED.search(name)]
+    left_out = [name for name in state if not name.startswith(prefix) or (not inner and name.endswith(".mask_token"))]
+    state = {name.removeprefix(prefix): state[name] for name in state if name not in {*derived, *left_out}}
+    classifier, new = [name for name in state if re.match(inner + CLASSIFIER, name)], []
+    if all(name not in own or _only_count_differs(state[name], own[name]) for name in classifier):
+        new = [name for name in own if re.match(inner + TOP, name) and (name not in state or name in classifier)]
+        left_out += classifier
+    if f"{inner}fc_norm.weight" in new and f"{inner}norm.weight" not in own:
+        # a ViT that pools by mean has no final norm of the tokens any more, but a new one after the pooling
+        left_out += [name for name in state if name.startswith(f"{inner}norm.")]
+    state = {name: tensor for name, tensor in state.items() if name not in left_out}
+    tables = [name for name in own if re.match(inner + r"blocks\.\d+\.attn\.relative_position_bias_table", name)]
+    if inner + SHARED_BIAS in state and tables:
+        state |= dict.fromkeys(tables, state.pop(inner + SHARED_BIAS))
+
+    resized = [name for name in state if name in own and state[name].shape != own[name].shape]
+    state |= {name: _resize(name, state[name], model) for name in resized}
+
+    wrong = [f"{name}: missing" for name in own if name not in state and name not in new]
     wrong += [f"{name}: not in the model" for name in state if name not in own]
     wrong += [
         f"{name}: {tuple(state[name].shape)}, the model has {tuple(own[name].shape)}"
@@ -57,9 +152,92 @@ def load_checkpoint(path_or_state_dict, model: nn.Module) -> nn.Module:
         if name in state and state[name].shape != own[name].shape
     ]
     if wrong:
-        raise ValueError(f"the checkpoint does not fit the model in {len(wrong)} places:\n  " + "\n  ".join(wrong[:20]))
-    model.load_state_dict(state)
+        lines = "\n  ".join(wrong[:20] + ["..."] * (len(wrong) > 20))
+        raise ValueError(f"the checkpoint does not fit the model in {len(wrong)} places (read as {style}):\n  {lines}")
+    model.load_state_dict(state, strict=False)  # checked above; what is new stays as it is
+    groups = {"resized": resized, "dropped as derived": derived, "left out": left_out, "new, not in it": new}
+    source = "state dict" if given else path_or_state_dict
+    summary = "; ".join(f"{what}: {_some(names)}" for what, names in groups.items() if names)
+    log.info("%s read as %s: placed %d of %d tensors; %s", source, style, len(state), len(own), summary or "all as is")
     return model
+
+
+def to_simmimlib(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """Whose names these are, and the tensors under the names they have in our ``SimMIM``."""
+    fits = (row for row in FORMATS if any(re.match(row[1], name) for name in state))
+    style, _, renames = next(fits, FORMATS[-1])
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    for name in [name for name in renamed if ".attn.q." in name]:
+        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if all(part in renamed for part in parts):  # timm: one linear layer for the three
+            joined = torch.cat([renamed.pop(part) for part in parts])
+            renamed[name.replace(".attn.q.", ".attn.qkv.")] = joined
+    return style, renamed
+
+
+def _read(path):
+    path = Path(path)
+    if path.is_dir():
+        files = [path / name for name in HF_FILES if (path / name).is_file()]
+        if not files:
+            raise ValueError(f"checkpoint = {str(path)!r}: a folder must hold {' or '.join(HF_FILES)}")
+        path = files[0]
+    if not path.is_file():
+        raise ValueError(f"checkpoint = {str(path)!r}: there is no such file")
+    try:
+        if path.suffix in PICKLED:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        return load_file(path)
+    except Exception as error:  # a truncated or foreign file can fail anywhere inside the readers
+        raise ValueError(
+            f"checkpoint = {str(path)!r}: must be a whole .safetensors file, or a {', '.join(PICKLED)} file that holds "
+            "nothing but tensors and plain values; other objects are never unpickled (if you trust the file, save "
+            "its state dict again where it was written)"
+        ) from error
+
+
+def _tensors_of(content, source) -> dict[str, Tensor]:
+    state = content.get("model", content) if isinstance(content, dict) else None  # official: {"model": ..., ...}
+    if isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        return state
+    where = "the dictionary" if content is source else repr(str(source))
+    raise ValueError(f"checkpoint = {where}: must hold tensors by name, or such a dictionary under 'model'")
+
+
+def _resize(name: str, tensor: Tensor, model: nn.Module) -> Tensor:
+    """``tensor`` at the size the model has; unchanged where timm cannot resize it."""
+    owner, _, kind = name.rpartition(".")
+    module = model.get_submodule(owner)
+    shape = model.state_dict()[name].shape
+    if kind == "pos_embed" and tensor.ndim == 3 and tensor.shape[2] == shape[2]:  # [1, prefix + h * w, D]
+        grid = module.patch_embed.grid_size
+        prefix = shape[1] - math.prod(grid)
+        if _is_square(tensor.shape[1] - prefix):
+            return resample_abs_pos_embed(tensor, grid, num_prefix_tokens=prefix)
+    if kind == "relative_position_bias_table" and tensor.ndim == 2 and tensor.shape[1] == shape[1]:  # [n, heads]
+        window = module.window_size
+        class_token = shape[0] - math.prod(2 * side - 1 for side in window)  # 3 entries of a ViT's table
+        # The official code: plain bicubic for Swin; for a ViT BEiT's, which keeps the near distances fine.
+        resize = resize_rel_pos_bias_table if class_token else resize_rel_pos_bias_table_simple
+        if _is_square(tensor.shape[0] - class_token):
+            return resize(tensor, window, shape)
+    return tensor
+
+
+def _is_square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
+
+
+def _only_count_differs(a: Tensor, b: Tensor) -> bool:
+    return a.shape[1:] == b.shape[1:] and len(a) != len(b)
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:3] + ['...'] * (len(names) > 3))})"
 
 
 def export_timm(encoder: Encoder, num_classes=0, global_pool=None, image_size=None, **timm_kwargs) -> nn.Module:
@@ -76,25 +254,49 @@ def export_timm(encoder: Encoder, num_classes=0, global_pool=None, image_size=No
     name = config.pop("name")
     if name == "simmim_vit_base":
         name = SIMMIM_VIT_BASE[0]  # fine-tuning has a relative bias table in each block
-    trained_size = config.pop("image_size")
-    if global_pool is None:
+    trained_size, final_norm = config.pop("image_size"), config.pop("final_norm", True)
+    pooled = global_pool is not None
+    if not pooled:
         global_pool = "token" if "distilled" in name else ""
     model = timm.create_model(
         name, img_size=trained_size, num_classes=num_classes, global_pool=global_pool, **{**config, **timm_kwargs}
     )
-    model.load_state_dict({**model.state_dict(), **_timm_state(encoder.model, model)})
+    norm = model.norm
+    if not final_norm:
+        model.norm = nn.Identity()
+    load_checkpoint(encoder.state_dict(), model)
+    if pooled:
+        model.norm = norm  # of an encoder without one: a new one for fine-tuning
     if image_size is not None and image_size != trained_size:
         model.set_input_size(img_size=(image_size, image_size) if isinstance(image_size, int) else image_size)
     return model
 
 
-def _timm_state(source: nn.Module, target: nn.Module) -> dict[str, Tensor]:
-    wanted = target.state_dict()
-    state = dict(source.state_dict())
-    state.pop("patch_embed.mask_token")
-    shared = state.pop("rel_pos_bias.relative_position_bias_table", None)
-    if shared is not None:
-        for block in range(len(target.blocks)):
-            state[f"blocks.{block}.attn.relative_position_bias_table"] = shared
-    # a ViT that pools by mean has no final norm of the tokens any more, but a new one after the pooling
-    return {name: tensor for name, tensor in state.items() if name in wanted or not name.startswith("norm.")}
+def save_timm(model: nn.Module, folder) -> None:
+    """Writes a plain timm model: ``timm.create_model("local-dir:" + folder, pretrained=True)`` gives it back.
+
+    Args:
+        model: from ``export_timm``, fine-tuned or not, or from ``timm.create_model``.
+        folder: gets ``model.safetensors`` and ``config.json``, both or neither; an earlier one is replaced.
+
+    Raises:
+        ValueError: not a plain timm model, or one that timm does not rebuild (an encoder without final norm); a folder
+            that holds anything else.
+    """
+    folder = Path(folder)
+    if isinstance(model, (SimMIM, Encoder)) or not hasattr(model, "pretrained_cfg"):
+        raise ValueError(f"model of type {type(model).__name__}: must be a timm model, as export_timm returns it")
+    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - TIMM_FILES):
+        raise ValueError(f"folder = {str(folder)!r}: must be new, or hold nothing but {', '.join(sorted(TIMM_FILES))}")
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        timm.models.save_for_hf(model, temporary, safe_serialization=True)  # creates the folders above, too
+        with torch.device("meta"):
+            rebuilt = timm.create_model(f"local-dir:{temporary}").state_dict()
+        if {name: t.shape for name, t in rebuilt.items()} != {name: t.shape for name, t in model.state_dict().items()}:
+            raise ValueError(f"model of type {type(model).__name__}: timm would rebuild it with other weights")
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -29,7 +29,7 @@ from simmimlib.settings import Settings, one_of, require
 
 DATASETS = ("mnist5k", "cifar10", "cifar100", "stl10", "imagenette", "folder")
 STATISTICS = ("imagenet", "dataset")
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # what image files are converted to; arrays may have any number of channels
 
 
 @dataclass
@@ -47,7 +47,13 @@ class DataSettings(Settings):
 
     def check(self):
         one_of("data", self.data, DATASETS)
-        one_of("channels", self.channels, tuple(MODES))
+        require(self.channels > 0, "channels", self.channels, "1 or more")
+        require(
+            self.data == "folder" or self.channels in MODES,
+            "channels",
+            self.channels,
+            "1, 3 or 4 (others: .npy arrays)",
+        )
         one_of("statistics", self.statistics, STATISTICS)
         require(self.size > 0, "size", self.size, "a number of pixels above 0")
         require(self.train_per_class >= 0, "train_per_class", self.train_per_class, "0 (all) or more")
@@ -118,6 +124,8 @@ def _torchvision(name: str) -> Source:
 
 def image_folder(path: str) -> Source:
     """``train/<class>/*`` with ``val/<class>/*`` or ``test/<class>/*``; ``<class>/*`` alone; or images without classes.
+
+    A file is anything Pillow reads, or a ``.npy`` array of uint8, [height, width, channels] or [height, width].
 
     Raises:
         ValueError: the folder is missing or holds no image, or validation has a class that training lacks.
@@ -214,20 +222,22 @@ def pack(settings: DataSettings) -> dict:
 
 def _pack_split(items: list, prefix: Path, settings: DataSettings) -> list[str]:
     """Writes the arrays of one split; returns a line for each file that could not be read."""
-    size, mode = settings.size, MODES[settings.channels]
+    size = settings.size
     shape = (len(items), size, size, settings.channels)
     images = np.lib.format.open_memmap(f"{prefix}_images.npy", mode="w+", dtype=np.uint8, shape=shape)
     sizes = np.zeros((len(items), 2), dtype=np.int32)
 
     def work(i):
         try:
-            image = _read(items[i][0]).convert(mode)
-            sizes[i] = image.size
-            if image.size != (size, size):
-                image = image.resize((size, size), Image.Resampling.BICUBIC)
-            images[i] = np.asarray(image).reshape(shape[1:])
+            image = _read(items[i][0], settings.channels)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return f"{items[i][0]}: {error}"
+        sizes[i] = image.shape[1::-1]
+        if image.shape[:2] != (size, size):
+            bands = (Image.fromarray(band) for band in np.moveaxis(image, 2, 0))
+            resized = [band.resize((size, size), Image.Resampling.BICUBIC) for band in bands]
+            image = np.stack([np.asarray(band) for band in resized], axis=2)
+        images[i] = image
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(work, range(len(items)))
@@ -239,12 +249,22 @@ def _pack_split(items: list, prefix: Path, settings: DataSettings) -> list[str]:
     return unreadable
 
 
-def _read(item) -> Image.Image:
+def _read(item, channels: int) -> np.ndarray:
+    """One image as uint8 [height, width, channels]."""
     if isinstance(item, np.ndarray):
-        return Image.fromarray(item)
-    with Image.open(item) as image:
-        image.load()
-        return image
+        image = Image.fromarray(item)
+    elif item.suffix == ".npy":
+        array = np.load(item, allow_pickle=False)
+        array = array[..., None] if array.ndim == 2 else array
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != channels:
+            wanted = f"uint8 [height, width, {channels}]"
+            raise ValueError(f"an array of {array.dtype} {list(array.shape)}, must be {wanted}")
+        return array
+    else:
+        image = Image.open(item)
+        if channels not in MODES:
+            raise ValueError(f"an image file has 1, 3 or 4 channels; {channels} come from .npy arrays only")
+    return np.asarray(image.convert(MODES[channels])).reshape(image.height, image.width, channels)
 
 
 def _statistics(images: np.ndarray) -> tuple[list, list]:
@@ -538,7 +558,7 @@ class _Transformed(Dataset):
         return len(self.split.images)
 
     def __getitem__(self, i):
-        image = Image.fromarray(self.split.images[i].squeeze())
+        image = Image.fromarray(self.split.images[i].squeeze())  # timm's transforms take grey, RGB or RGBA pictures
         width, height = self.split.sizes[i]
         if width != height:  # back from the stored square to the original aspect ratio
             scale = image.width / min(width, height)

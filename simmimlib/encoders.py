@@ -42,8 +42,8 @@ class Encoder(nn.Module):
     """A timm model that takes a mask and returns a feature map.
 
     ``model`` is the timm model itself, ``config`` what ``create_encoder`` was called with, ``patch_size`` the side of
-    a token in pixels (the masks' grid), ``stride`` the side in pixels of one position of the feature map,
-    ``num_features`` its channels.
+    a token in pixels (the masks' grid), ``stride`` the side in pixels of one position of the feature map, which has
+    ``grid_size`` positions and ``num_features`` channels.
     """
 
     def __init__(self, model: nn.Module, config: dict):
@@ -53,6 +53,7 @@ class Encoder(nn.Module):
         self.patch_size = model.patch_embed.patch_size[0]
         self.stride = model.feature_info[-1]["reduction"]
         self.num_features = model.num_features
+        self.grid_size = tuple(side // self.stride for side in model.patch_embed.img_size)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """images [B, C, H, W], mask [B, H / patch_size, W / patch_size] or None -> [B, D, H / stride, W / stride]."""
@@ -64,7 +65,7 @@ class Encoder(nn.Module):
         return features.permute(0, 3, 1, 2)
 
 
-def create_encoder(name, image_size, in_chans=3, pretrained=False, **timm_kwargs) -> Encoder:
+def create_encoder(name, image_size, in_chans=3, pretrained=False, final_norm=True, **timm_kwargs) -> Encoder:
     """Builds an encoder with a mask token.
 
     Args:
@@ -73,6 +74,8 @@ def create_encoder(name, image_size, in_chans=3, pretrained=False, **timm_kwargs
         image_size: side in pixels, or (height, width); a multiple of the encoder's stride.
         in_chans: image channels.
         pretrained: start from timm's weights (downloads them).
+        final_norm: keep the layer norm after the last block, as the released models do. One re-implementation found
+            that pre-training a ViT without it helps linear probing.
         timm_kwargs: passed on, for example ``patch_size=4, embed_dim=96, depth=4, num_heads=3`` or ``window_size=6``.
 
     Raises:
@@ -89,10 +92,13 @@ def create_encoder(name, image_size, in_chans=3, pretrained=False, **timm_kwargs
         num_classes=0,
         # no pooling, so that the final norm stays where it is; distilled DeiT knows only "token", which keeps it too
         global_pool="token" if "distilled" in timm_name else "",
-        **{**defaults, **timm_kwargs},
+        **{"drop_path_rate": 0.0, **defaults, **timm_kwargs},  # timm's Swin would drop paths by default
     )
     if name == "simmim_vit_base":
         init_simmim_vit(model)
+    if not final_norm:
+        config["final_norm"] = False
+        model.norm = nn.Identity()
     add_mask_token(model.patch_embed)
     encoder = Encoder(model, config)
     height, width = model.patch_embed.img_size

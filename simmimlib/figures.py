@@ -131,6 +131,23 @@ def arms_beside_paper(table, title=""):
     return figure
 
 
+def accuracy_over_avg_dist(table, image_size: int):
+    """Top-1 over AvgDist, one point for each arm that differs from the default by its masks only."""
+    masks = table[table["question"].isin(["default", "ratio", "patch", "strategy"])]
+    figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    # the paper's best masks have an AvgDist of 10 to 20 pixels at 192: the same share of this image's side
+    axis.axvspan(
+        10 / 192 * image_size, 20 / 192 * image_size, color="tab:green", alpha=0.12, label="paper's best range"
+    )
+    for question, group in masks.groupby("question", sort=False):
+        error = np.nan_to_num(np.stack([group["top1"] - group["low"], group["high"] - group["top1"]]))
+        axis.errorbar(group["avg_dist"], group["top1"], yerr=error, fmt="o", capsize=2, label=question)
+    axis.set(xlabel="AvgDist of the masks, pixels", ylabel="fine-tuning top-1, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
+
+
 def confusion(counts, classes):
     """Confusion matrix of counts [true, predicted], as shares of each true class in percent."""
     counts = np.asarray(counts)

@@ -24,7 +24,8 @@ from simmimlib.runtime import (
     write_json,
 )
 from simmimlib.settings import Settings, one_of, require
-from simmimlib.simmim import TARGETS, SimMIM
+from simmimlib.simmim import SimMIM
+from simmimlib.targets import TARGETS, ClusterTarget
 
 VALIDATION_IMAGES = 1000  # the validation loss is taken on the first so many images, with the same masks each time
 
@@ -45,6 +46,7 @@ class PretrainSettings(Settings):
     beta: float = 1.0
     scope: str = "masked"
     target: str = "pixels"
+    resolution: float = 1.0
     epochs: int = 10
     batch_size: int = 128
     base_lr: float = 2.0e-4
@@ -75,12 +77,14 @@ class PretrainSettings(Settings):
         require(self.epochs >= 0, "epochs", self.epochs, "0 (no training: the untouched initial encoder) or more")
         require(self.batch_size > 0, "batch_size", self.batch_size, "1 or more")
         with torch.device("meta"):  # names and sizes that do not fit stop here, before any data is read
-            self.masks(self.model(in_chans=3).encoder.patch_size)
+            self.masks(self.model().encoder.patch_size)
 
-    def model(self, in_chans: int) -> SimMIM:
+    def model(self, in_chans=3, mean=0.5, std=0.25) -> SimMIM:
+        """The untrained model; ``mean`` and ``std`` are the data set's."""
         kwargs = {"drop_path_rate": self.drop_path, **self.encoder_kwargs}
         encoder = create_encoder(self.encoder, self.image_size, in_chans, **kwargs)
-        return SimMIM(encoder, self.head, self.loss, self.scope, self.target, self.beta)
+        parts = (self.head, self.loss, self.scope, self.target, self.beta, self.resolution)
+        return SimMIM(encoder, *parts, mean=mean, std=std)
 
     def masks(self, model_patch_size: int) -> MaskGenerator:
         return MaskGenerator(
@@ -102,7 +106,7 @@ def pretrain(settings: PretrainSettings, on_epoch=None) -> dict:
     dtype = resolve_precision(settings.precision, device)
     random_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)  # order, crops and masks
-    model = settings.model(data.channels).to(device)
+    model = settings.model(data.channels, data.mean, data.std).to(device)
     masks = settings.masks(model.encoder.patch_size)
     batches = Batches(
         data.train,
@@ -114,6 +118,8 @@ def pretrain(settings: PretrainSettings, on_epoch=None) -> dict:
         scale=settings.crop_scale,
         flip=settings.flip,
     )
+    if isinstance(model.target, ClusterTarget):
+        model.target.fit(next(iter(sample_batches(data, settings, device)))[0])
     rate = scale_rate(settings.base_lr, settings.batch_size)
     groups = parameter_groups(model, rate, settings.weight_decay, pretraining=True)
     optimizer = create_optimizer(groups)
@@ -157,6 +163,13 @@ def pretrain(settings: PretrainSettings, on_epoch=None) -> dict:
     write_csv(out / "log.csv", rows, columns=["epoch", "loss", "lr"])
     write_json(out / "metrics.json", metrics)
     return metrics
+
+
+def sample_batches(data: Packed, settings: PretrainSettings, device) -> Batches:
+    """One batch of 2,000 training images, the same for every seed: the colour clusters are fitted on it."""
+    generator = torch.Generator().manual_seed(0)
+    count = min(2000, len(data.train.images))
+    return Batches(data.train, data, settings.image_size, count, device, generator)
 
 
 @torch.inference_mode()

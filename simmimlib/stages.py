@@ -13,7 +13,6 @@ when it fails it stays in ``.scratch/`` with the traceback, and the command ends
 import argparse
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 import yaml
@@ -32,7 +31,10 @@ def stage_parameters(stage: str, params: dict, arm: str, seed: int) -> tuple[str
         return "01_data", {**params["data"], "out": packed}, results
     if stage == "ablations":
         return "04_ablations", {"profile": profile, "out": str(results)}, results
-    changes = load_yaml("arm", arm).get(stage) or {}
+    changes = dict(load_yaml("arm", arm)[stage])
+    # arms give mask patches as multiples of the profile's, so that one arm serves every image size
+    if scale := changes.pop("mask_patch_scale", None):
+        changes["mask_patch_size"] = round(params["pretrain"]["mask_patch_size"] * scale)
     values = {**params["model"], **params[stage], **changes, "data": packed, "seed": seed, "out": str(run / stage)}
     if stage == "finetune" and arm != "scratch":
         values["checkpoint"] = str(run / "pretrain" / "model.safetensors")
@@ -44,7 +46,6 @@ def run_notebook(notebook: str, parameters: dict, folder: Path) -> None:
     # A grammar that jsonschema would load to check one string format, which no notebook uses: it takes over a second,
     # as long as the rest of papermill.
     sys.modules.setdefault("rfc3987_syntax", None)
-    warnings.filterwarnings("ignore", message="IProgress not found")
     import papermill  # imported here: activating a profile does not need it
 
     SCRATCH.mkdir(exist_ok=True)

@@ -22,6 +22,12 @@ QUESTIONS = {
     "pretraining": "Does pre-training help?",
     "scope": "Predict the masked pixels or reconstruct all?",
     "loss": "Which loss?",
+    "head": "How heavy a head?",
+    "ratio": "Random masks: which ratio?",
+    "patch": "Random masks: which patch size?",
+    "strategy": "Square or block-wise masks?",
+    "target": "Which target?",
+    "resolution": "Which resolution to predict?",
 }
 
 
@@ -116,9 +122,13 @@ def verdict(low: float, high: float, paper_difference: float) -> str:
 
 
 def compare(runs: pd.DataFrame, arms: pd.DataFrame) -> pd.DataFrame:
-    """The table of arms: mean top-1, interval, paired difference to the default, the paper's numbers, verdict."""
+    """The table of arms: mean top-1, interval, paired difference to the default, the paper's numbers, verdict.
+
+    ``avg_dist`` (pixels, mean over seeds) is that of the arm's masks, where it pre-trains.
+    """
     top1 = runs.pivot(index="seed", columns="arm", values="top1")
     best = runs.groupby("arm")["top1_best"].mean()
+    avg_dist = runs.reindex(columns=["arm", "pretrain_avg_dist"]).groupby("arm")["pretrain_avg_dist"].mean()
     paper_default = arms.set_index("arm")["paper"]["default"]
     rows = []
     for arm in arms.itertuples():
@@ -126,7 +136,7 @@ def compare(runs: pd.DataFrame, arms: pd.DataFrame) -> pd.DataFrame:
             continue
         mean, low, high = interval(top1[arm.arm].dropna())
         row = {**arm._asdict(), "seeds": int(top1[arm.arm].count()), "top1": mean, "low": low, "high": high}
-        row["top1_best"] = best[arm.arm]
+        row |= {"top1_best": best[arm.arm], "avg_dist": avg_dist[arm.arm]}
         if arm.arm != "default":
             difference, d_low, d_high = interval((top1[arm.arm] - top1["default"]).dropna())
             paper_difference = round(arm.paper - paper_default, 4)

@@ -116,7 +116,7 @@ def test_bad_folders(tmp_path, image_folder):
     ("changes", "message"),
     [
         ({"data": "imagenet21k"}, "data = 'imagenet21k': must be one of mnist5k, cifar10"),
-        ({"channels": 2}, "channels = 2: must be one of 1, 3, 4"),
+        ({"channels": 2}, "channels = 2: must be 1, 3 or 4"),
         ({"size": "32"}, "size = '32' (str): must be of type int"),
         ({"data": "folder"}, "path = '': must be the image folder"),
         ({"path": "somewhere"}, "path = 'somewhere': must be empty unless data is 'folder'"),
@@ -188,3 +188,24 @@ def test_batches_are_reproducible_and_cover_the_set(packed_folder):
 def test_manifest_describes_the_set(packed_folder):
     manifest = json.loads(Path(packed_folder, "manifest.json").read_text())
     assert manifest["classes"] == ["dark", "light"] and manifest["size"] == 16 and len(manifest["mean"]) == 3
+
+
+def test_arrays_of_twelve_channels(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "arrays").mkdir()
+    stack = rng.integers(0, 255, (5, 16, 24, 12), dtype=np.uint8)
+    for i, array in enumerate(stack):
+        np.save(tmp_path / f"arrays/{i}.npy", array)
+    pack_folder(tmp_path, tmp_path / "arrays", size=16, channels=12)
+    packed = open_packed(str(tmp_path / "out"))
+    assert packed.train.images.shape == (5, 16, 16, 12) and packed.train.sizes.tolist() == [[24, 16]] * 5
+    assert abs(packed.train.images.mean() - stack.mean()) < 2 and len(packed.mean) == 12
+
+    np.save(tmp_path / "arrays/float.npy", stack[0].astype(np.float32))
+    with pytest.raises(ValueError, match=r"float.npy: an array of float32 \[16, 24, 12\], must be uint8"):
+        pack_folder(tmp_path, tmp_path / "arrays", size=16, channels=12)
+
+
+def test_image_files_have_no_twelve_channels(tmp_path, image_folder):
+    with pytest.raises(ValueError, match=r"an image file has 1, 3 or 4 channels; 12 come from .npy arrays only"):
+        pack_folder(tmp_path, image_folder, size=16, channels=12)

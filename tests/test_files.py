@@ -7,10 +7,10 @@ import tomllib
 
 import pytest
 import yaml
-from conftest import ROOT
 from packaging.requirements import Requirement
 from ruamel.yaml import YAML
 
+from conftest import ROOT
 from simmimlib.data import DataSettings
 from simmimlib.finetune import FinetuneSettings
 from simmimlib.pretrain import PretrainSettings
@@ -82,7 +82,9 @@ def test_an_arm_changes_something(arm):
     assert bool(values["pretrain"] or values["finetune"]) == (arm not in ("default", "scratch"))
 
 
-@pytest.mark.parametrize("path", ["params.yaml", *(f"profiles/{p}.yaml" for p in PROFILES), *(f"arms/{a}.yaml" for a in ARMS)])
+@pytest.mark.parametrize(
+    "path", ["params.yaml", *(f"profiles/{p}.yaml" for p in PROFILES), *(f"arms/{a}.yaml" for a in ARMS)]
+)
 def test_dvc_and_papermill_read_the_same_values(path):
     """DVC reads YAML 1.2, papermill 1.1: 1e-4 is a number to one and a string to the other."""
     text = (ROOT / path).read_text()

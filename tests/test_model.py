@@ -3,9 +3,10 @@ import torch
 
 from simmimlib.checkpoints import export_timm, load_checkpoint, load_simmim, save_simmim
 from simmimlib.encoders import create_encoder
-from simmimlib.heads import create_head
+from simmimlib.heads import HEADS, create_head
 from simmimlib.masking import MaskGenerator
 from simmimlib.simmim import SimMIM
+from simmimlib.targets import TARGETS, ClusterTarget, create_target
 
 SMALL_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 SMALL_SWIN = {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)}
@@ -163,3 +164,89 @@ def test_checkpoint_that_does_not_fit(tmp_path):
         load_simmim(tmp_path / "junk.safetensors")
     with pytest.raises(ValueError, match="there is no such file"):
         load_simmim(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(("head", "millions"), [("linear", 89.87), ("mlp", 90.9), ("inverse_swin_t", 115.0)])
+def test_parameters_of_the_papers_heads(head, millions):
+    """Swin-B at 192: the paper's 89.9 / 90.9 / 115.2 million (mmpretrain: 89.87)."""
+    with torch.device("meta"):
+        encoder = create_encoder("swin_base_patch4_window7_224", 192, window_size=6)
+        count = sum(p.numel() for p in SimMIM(encoder, head).parameters()) / 1e6
+    assert count == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    ("stride", "channels", "grid"), [(32, 3, (2, 2)), (16, 1, (3, 3)), (4, 12, (4, 6)), (6, 2, (5, 5))]
+)
+def test_heads_fit_any_stride_and_channels(head, stride, channels, grid):
+    output = create_head(head, 24, stride, channels, grid)(torch.randn(1, 24, *grid))
+    assert output.shape == (1, channels, grid[0] * stride, grid[1] * stride)
+
+
+@pytest.mark.parametrize("resolution", [1, 1 / 2, 1 / 16, 1 / 32])
+def test_resolution(resolution):
+    """The target is the mean over the pixels that a predicted one covers; a mask keeps its share of them."""
+    encoder, images, mask = build("swin")
+    output = SimMIM(encoder, resolution=resolution)(images, mask)
+    side = round(64 * resolution)
+    assert output.raw.shape == (2, 3, side, side) and output.prediction.shape == images.shape
+    small = torch.nn.functional.adaptive_avg_pool2d(images, side)
+    hidden = torch.nn.functional.adaptive_avg_pool2d(mask[:, None].float(), side) if side <= 16 else None
+    if hidden is not None:
+        expected = ((output.raw - small).abs() * hidden).sum() / hidden.sum() / 3
+        torch.testing.assert_close(output.loss, expected)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_targets_train_and_show(target):
+    encoder, images, mask = build("vit")
+    model = SimMIM(encoder, target=target, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
+    if isinstance(model.target, ClusterTarget):
+        model.target.fit(torch.randn(4, 3, 64, 64))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    losses = []
+    for _ in range(6):
+        output = model(images, mask)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.loss.item())
+    assert losses[-1] < losses[0] and output.prediction.shape == images.shape
+
+
+def test_colour_bins_and_clusters_find_the_nearest_colour():
+    images = torch.rand(2, 3, 8, 8)
+    bins = create_target("bins_8", mean=0.5, std=0.25)
+    normalised = (images - 0.5) / 0.25
+    assert (bins.best(normalised) - normalised).abs().max() <= 0.5 / 8 / 0.25 + 1e-5
+    logits = torch.nn.functional.one_hot((images * 8).long(), 8).permute(0, 4, 1, 2, 3).flatten(1, 2).float() * 50
+    assert (
+        torch.equal(bins.pixels(logits, normalised), bins.best(normalised))
+        and bins.errors(logits, normalised).max() < 1e-4
+    )
+    clusters = create_target("clusters_512")
+    clusters.fit(torch.rand(20, 3, 32, 32))
+    assert (clusters.best(images) - images).norm(dim=1).mean() < 0.08
+
+
+def test_normalised_pixels_are_shown_in_their_own_colours():
+    """A perfect prediction of the normalised patches comes back as the image."""
+    images = torch.rand(2, 3, 16, 16) * 3 + 5
+    target = create_target("normalised_pixels", patch=8)
+    patches = images.unfold(2, 8, 8).unfold(3, 8, 8)  # [B, C, 2, 2, 8, 8]
+    mean, std = patches.mean((1, 4, 5), keepdim=True), (patches.var((1, 4, 5), keepdim=True) + 1e-6).sqrt()
+    perfect = ((patches - mean) / std).permute(0, 1, 2, 4, 3, 5).reshape(2, 3, 16, 16)
+    torch.testing.assert_close(target.errors(perfect, images), torch.zeros_like(images), atol=1e-4, rtol=0)
+    torch.testing.assert_close(target.pixels(perfect, images), images)
+
+
+def test_without_the_final_norm():
+    torch.manual_seed(0)
+    encoder = create_encoder("vit_tiny_patch16_224", 32, final_norm=False, patch_size=8, **SMALL_VIT)
+    images = torch.randn(1, 3, 32, 32)
+    plain = export_timm(encoder).eval()
+    with torch.no_grad():
+        expected = plain.forward_features(images)[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+        torch.testing.assert_close(encoder.eval()(images), expected)
+    assert export_timm(encoder, 10, "avg")(images).shape == (1, 10)

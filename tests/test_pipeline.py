@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+
 from conftest import ROOT, TINY, write_images
 
 PARTS = ("notebooks", "simmimlib", "arms", "profiles", "dvc.yaml", ".dvcignore")
@@ -60,7 +61,7 @@ def test_pipeline(project):
     assert runs["images_seen"].tolist() == [16, 16] and set(runs["seed"]) == {0}
     assert "| Default" in (results / "ablations.md").read_text()
     for figure in ("arms", "loss", "top1", "reconstructions"):
-        assert (results / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+        assert (results / f"figures/{figure}.png").read_bytes().startswith(b"\x89PNG")
     executed = json.loads((results / "runs/default-0/pretrain/02_pretrain.ipynb").read_text())
     assert any(cell.get("outputs") for cell in executed["cells"])
     assert "results/tiny/summary.json" in run("dvc", "metrics", "show", cwd=project)

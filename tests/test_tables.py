@@ -33,7 +33,9 @@ def test_interval_is_students():
 
 def test_differences_are_paired_by_seed():
     """Seeds differ by 30 points, arms by exactly 2: the paired interval does not see the seeds."""
-    table = compare(runs(default=[50, 65, 80], scratch=[40, 55, 70], reconstruct_all=[48, 63, 78]), ARMS).set_index("arm")
+    table = compare(runs(default=[50, 65, 80], scratch=[40, 55, 70], reconstruct_all=[48, 63, 78]), ARMS).set_index(
+        "arm"
+    )
     row = table.loc["reconstruct_all"]
     assert row["difference"] == row["difference_low"] == row["difference_high"] == pytest.approx(-2)
     assert row["paper_difference"] == pytest.approx(-1.1) and row["verdict"] == "agrees"
