@@ -56,6 +56,7 @@ def run_notebook(notebook: str, parameters: dict, folder: Path) -> None:
             str(scratch),
             parameters,
             kernel_name="python3",
+            shutdown_kernel="immediate",  # its files are written: waiting for it to tidy up costs a second a stage
             progress_bar=False,
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
