@@ -5,6 +5,7 @@
     python -m simmimlib.stages pretrain --arm l2 --seed 0
     python -m simmimlib.stages finetune --arm l2 --seed 0
     python -m simmimlib.stages ablations
+    python -m simmimlib.stages dry-run imagenet-100ep      # a few steps of a profile on generated images
 
 Needs papermill, neither DVC nor git. The executed notebook lands beside the stage's other files when it has finished;
 when it fails it stays in ``.scratch/`` with the traceback, and the command ends non-zero.
@@ -84,10 +85,43 @@ def activate(name: str) -> None:
     shutil.copyfile(f"profiles/{name}.yaml", active)
 
 
+def dry_run(name: str) -> None:
+    """Two steps of a profile's pre-training and two of its fine-tuning: its model, its recipe, but noise for images.
+
+    Shows that a profile starts, on any machine; batches are of two images, so the numbers mean nothing.
+    """
+    import numpy as np  # imported here, like the loops: the other stages run in a kernel of their own
+    from PIL import Image
+
+    from simmimlib.data import DataSettings, pack
+    from simmimlib.finetune import FinetuneSettings, finetune
+    from simmimlib.pretrain import PretrainSettings, pretrain
+
+    params = load_yaml("profile", name)
+    folder = SCRATCH / "dry-run" / name
+    rng = np.random.default_rng(0)
+    for i, part in enumerate(("train/a", "train/b", "val/a", "val/b")):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        for j in range(2):
+            noise = rng.integers(0, 256, (300, 400 + 10 * i, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(folder / part / f"{j}.png")
+    packed = {"data": str(folder / "packed"), "batch_size": 2, "epochs": 1}
+    size = {key: params["data"][key] for key in ("size", "channels", "statistics")}
+    pack(DataSettings(data="folder", path=str(folder), out=packed["data"], **size))
+    for stage, settings, loop in (("pretrain", PretrainSettings, pretrain), ("finetune", FinetuneSettings, finetune)):
+        _, values, _ = stage_parameters(stage, params, "default", 0)
+        values |= {**packed, "out": str(folder / stage)}
+        if stage == "finetune":
+            values |= {"checkpoint": str(folder / "pretrain" / "model.safetensors"), "labels": 0}
+        metrics = loop(settings.from_values(values))
+        print(f"{name} {stage}: loss {metrics['loss']:.3f}, {metrics['images_per_second']:.2f} images/s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m simmimlib.stages", description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=["activate", "data", "pretrain", "finetune", "ablations"])
-    parser.add_argument("name", nargs="?", help="the profile to activate")
+    stages = ["activate", "data", "pretrain", "finetune", "ablations", "dry-run"]
+    parser.add_argument("stage", choices=stages)
+    parser.add_argument("name", nargs="?", default="quick", help="the profile to activate or to try")
     parser.add_argument("--arm", default="default", help="a file of arms/, without .yaml")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -95,8 +129,9 @@ def main() -> None:
         parser.error("run this in the project's folder (the one that holds dvc.yaml)")
     try:
         if arguments.stage == "activate":
-            activate(arguments.name or "")
-            return
+            return activate(arguments.name)
+        if arguments.stage == "dry-run":
+            return dry_run(arguments.name)
         params = yaml.safe_load(Path("params.yaml").read_text())
         run_notebook(*stage_parameters(arguments.stage, params, arguments.arm, arguments.seed))
     except ValueError as error:
