@@ -10,7 +10,7 @@ from simmimlib.checkpoints import export_timm
 from simmimlib.data import DataSettings, pack
 from simmimlib.encoders import create_encoder
 from simmimlib.finetune import FinetuneSettings, finetune
-from simmimlib.optim import create_optimizer, create_schedule, layer_id, parameter_groups
+from simmimlib.optim import layer_id, parameter_groups
 from simmimlib.pretrain import PretrainSettings, pretrain
 
 
@@ -140,32 +140,3 @@ def test_layer_ids_of_a_vit():
         13,
         13,
     ]
-
-
-def test_schedule_is_the_official_one():
-    """Linear warm-up from the warm-up rate, a cosine that counts from step 0: 0.976 of the peak after 10 of 100."""
-    values = {"epochs": 100, "warmup_epochs": 10.0, "batch_size": 2048, "base_lr": 2.0e-4, "base_warmup_lr": 1.0e-6}
-    settings = PretrainSettings(**values, base_min_lr=1.0e-5)
-    optimizer = create_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 8e-4}])
-    schedule = create_schedule(optimizer, settings, steps_per_epoch=10)
-
-    def rate(step):
-        schedule.step_update(step)
-        return optimizer.param_groups[0]["lr"]
-
-    assert rate(0) == pytest.approx(4e-6)
-    assert rate(50) == pytest.approx((4e-6 + 8e-4) / 2)
-    assert rate(100) == pytest.approx(4e-5 + (8e-4 - 4e-5) * (1 + np.cos(np.pi * 0.1)) / 2)
-    assert rate(100) / 8e-4 == pytest.approx(0.976, abs=2e-3)
-    assert rate(999) == pytest.approx(4e-5, rel=1e-2)
-
-
-def test_step_schedule():
-    settings = PretrainSettings(epochs=8, schedule="step", step_epoch=7, warmup_epochs=0.0)
-    optimizer = create_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}])
-    schedule = create_schedule(optimizer, settings, steps_per_epoch=10)
-    rates = []
-    for step in range(80):
-        schedule.step_update(step)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([1.0] * 70 + [0.1] * 10)
