@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from matplotlib.ticker import MaxNLocator
 
-from simmimlib.data import to_pixels
+from simmimlib.batches import to_pixels
 from simmimlib.masking import upsample_mask
 from simmimlib.runtime import interactive, whole_file
 
@@ -115,7 +115,7 @@ def arms_beside_paper(table, title=""):
     error = np.nan_to_num(np.stack([table["top1"] - table["low"], table["high"] - table["top1"]]))
     ours.barh(place, table["top1"], xerr=error, color=colours, capsize=3, height=0.65)
     ours.set_yticks(place, table["label"])
-    ours.set(xlabel="top-1 of this project, % (bar: mean of seeds, line: 95 % interval)", title=title)
+    ours.set(xlabel="our top-1, % (mean of seeds, 95 % interval; axis cut)", title=title)
     low, high = np.nanmin([table["low"], table["top1"]]), np.nanmax([table["high"], table["top1"]])
     ours.set_xlim(max(0, low - 0.35 * (high - low) - 1), min(100, high + 0.12 * (high - low) + 1))
     known = table["paper"].notna().to_numpy()
@@ -127,7 +127,7 @@ def arms_beside_paper(table, title=""):
         paper.text(value + 0.03, y, f"{value:.1f}", va="center", fontsize=8)
     for y in place[~known]:
         paper.text(80.55, y, "no value given", va="center", fontsize=8, color="gray")
-    paper.set(xlabel="ImageNet-1K top-1 of the paper, %", xlim=(80.5, 83.6), title="paper (hatched: unverified)")
+    paper.set(xlabel="ImageNet-1K top-1, % (axis cut)", xlim=(80.5, 83.6), title="paper (hatched: unverified)")
     return figure
 
 

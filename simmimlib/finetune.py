@@ -9,8 +9,9 @@ from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import random_seed
 
+from simmimlib.batches import Batches, TransformBatches
 from simmimlib.checkpoints import export_timm, load_simmim
-from simmimlib.data import Batches, Packed, TransformBatches, labelled_subset, open_packed
+from simmimlib.data import Packed, labelled_subset, open_packed
 from simmimlib.encoders import create_encoder
 from simmimlib.optim import SCHEDULES, create_optimizer, create_schedule, parameter_groups, scale_rate
 from simmimlib.runtime import (
@@ -112,7 +113,9 @@ def finetune(settings: FinetuneSettings, on_epoch=None) -> dict:
     random_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)  # which labels, order and crops
     model = settings.model(data.channels, len(data.classes)).to(device)
-    split = data.train.select(labelled_subset(data.train.labels, settings.labels, generator))
+    split = data.train
+    if settings.labels:
+        split = split.select(labelled_subset(split.labels, settings.labels, generator))
     batches = training_batches(settings, split, data, device, generator)
     validation = Batches(
         data.val, data, settings.image_size, 500, device, centre=settings.val_crop, interpolation=settings.interpolation
@@ -122,6 +125,8 @@ def finetune(settings: FinetuneSettings, on_epoch=None) -> dict:
     schedule = create_schedule(optimizer, settings, len(batches))
     mix, criterion = None, LabelSmoothingCrossEntropy(settings.smoothing)
     if settings.mixup or settings.cutmix:
+        smallest = min(settings.batch_size, len(split.images))
+        require(smallest % 2 == 0, "labels", smallest, "even with mixup or cutmix, when they are less than a batch")
         mix = Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=len(data.classes))
         criterion = SoftTargetCrossEntropy()
     erase = RandomErasing(settings.erase, mode="pixel", device=device)

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from timm.utils import random_seed
 
+from simmimlib.batches import Batches
 from simmimlib.checkpoints import save_simmim
-from simmimlib.data import Batches, Packed, open_packed
+from simmimlib.data import Packed, open_packed
 from simmimlib.encoders import create_encoder
 from simmimlib.heads import HEADS
 from simmimlib.losses import LOSSES, SCOPES

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from simmimlib.data import Packed, normaliser
+from simmimlib.batches import normaliser
+from simmimlib.data import Packed
 from simmimlib.encoders import Encoder, create_encoder
 from simmimlib.masking import MaskGenerator
 from simmimlib.settings import Settings, require

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, write_images
 
+from conftest import ROOT, write_images
 from simmimlib.checkpoints import export_timm, load_simmim
 from simmimlib.data import DataSettings, pack
 from simmimlib.encoders import create_encoder

@@ -3,7 +3,6 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from conftest import TINY, write_images
 from simmimlib.checkpoints import export_timm
