@@ -99,15 +99,21 @@ def test_a_failing_stage_leaves_its_notebook_where_it_says(project):
         (("pretrain", "--arm", "nosuch"), "arm = 'nosuch': there is no arms/nosuch.yaml; known are default"),
     ],
 )
-def test_unknown_names(project, arguments, message):
-    assert message in run(sys.executable, "-m", "simmimlib.stages", *arguments, cwd=project, ok=False)
+def test_unknown_names(arguments, message):
+    assert message in run(sys.executable, "-m", "simmimlib.stages", *arguments, cwd=ROOT, ok=False)
 
 
-def test_activating_a_profile_keeps_edits(project):
-    with (project / "params.yaml").open("a") as file:
+def test_activating_a_profile_keeps_edits(tmp_path):
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    shutil.copy(ROOT / "profiles/cifar10.yaml", tmp_path / "params.yaml")
+    activate = (sys.executable, "-m", "simmimlib.stages", "activate", "quick")
+    run(*activate, cwd=tmp_path)
+    assert (tmp_path / "params.yaml").read_text() == (ROOT / "profiles/quick.yaml").read_text()
+    with (tmp_path / "params.yaml").open("a") as file:
         file.write("extra: 1\n")
-    output = run(sys.executable, "-m", "simmimlib.stages", "activate", "quick", cwd=project, ok=False)
-    assert "params.yaml has changes" in output and "extra: 1" in (project / "params.yaml").read_text()
+    assert "params.yaml has changes" in run(*activate, cwd=tmp_path, ok=False)
+    assert "extra: 1" in (tmp_path / "params.yaml").read_text()
 
 
 def papermill(notebook, out, *parameters, cwd=ROOT, ok=True):

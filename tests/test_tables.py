@@ -2,6 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from simmimlib.figures import accuracy_over_avg_dist
 from simmimlib.tables import compare, interval, load_runs, to_markdown, verdict, write_tables
 
 ARMS = pd.DataFrame(
@@ -80,3 +81,13 @@ def test_markdown_and_files(tmp_path):
     pd.testing.assert_frame_equal(compare(again, ARMS), table)
     with pytest.raises(ValueError, match="no finished run of the default arm"):
         load_runs(tmp_path / "nowhere", ["default"], [0])
+
+
+def test_accuracy_over_avg_dist_shows_the_mask_arms():
+    arms = pd.concat([ARMS, ARMS.iloc[[3]].assign(arm="ratio_20", question="ratio", label="Ratio 0.2", paper=np.nan)])
+    frame = runs(default=[50, 65, 80], l2=[51, 66, 81], ratio_20=[48, 63, 77])
+    frame["pretrain_avg_dist"] = frame["arm"].map({"default": 15.7, "l2": 15.7, "ratio_20": 8.8})
+    axis = accuracy_over_avg_dist(compare(frame, arms), 192).axes[0]
+    points = sorted(tuple(line.get_xydata()[0].round(1)) for line in axis.get_lines() if line.get_marker() == "o")
+    assert points == [(8.8, 62.7), (15.7, 65.0)]
+    assert axis.get_xlabel() == "AvgDist of the masks, pixels"
