@@ -74,12 +74,16 @@ def provenance(device: torch.device, dtype: torch.dtype) -> dict:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    """The commit, marked where the library differs from it (dvc.lock, which a running pipeline changes, may)."""
+    folder = Path(__file__).parent
     try:
-        found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        commit, changes = (
+            subprocess.run(["git", *command], capture_output=True, text=True, cwd=folder).stdout.strip()
+            for command in (("rev-parse", "--short=10", "HEAD"), ("status", "--porcelain", "."))
+        )
     except OSError:
-        return "unknown"
-    return found.stdout.strip() or "unknown"
+        return "unknown"  # no git on this machine
+    return commit + "-dirty" * bool(changes) if commit else "unknown"
 
 
 def interactive() -> bool:

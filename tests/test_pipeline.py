@@ -96,7 +96,7 @@ def test_a_failing_stage_leaves_its_notebook_where_it_says(project):
     ("arguments", "message"),
     [
         (("activate", "nosuch"), "profile = 'nosuch': there is no profiles/nosuch.yaml; known are "),
-        (("pretrain", "--arm", "nosuch"), "arm = 'nosuch': there is no arms/nosuch.yaml; known are default"),
+        (("pretrain", "--arm", "nosuch"), "arm = 'nosuch': there is no arms/nosuch.yaml; known are block_full_40"),
     ],
 )
 def test_unknown_names(arguments, message):
