@@ -115,6 +115,7 @@ def dry_run(name: str) -> None:
             values |= {"checkpoint": str(folder / "pretrain" / "model.safetensors"), "labels": 0}
         metrics = loop(settings.from_values(values))
         print(f"{name} {stage}: loss {metrics['loss']:.3f}, {metrics['images_per_second']:.2f} images/s")
+    shutil.rmtree(folder)  # weights of full-size models, trained on noise
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from simmimlib.encoders import create_encoder
 from simmimlib.finetune import FinetuneSettings
 from simmimlib.optim import create_optimizer, create_schedule, parameter_groups, scale_rate
 from simmimlib.pretrain import PretrainSettings, pretrain
-from simmimlib.stages import stage_parameters
+from simmimlib.stages import dry_run, stage_parameters
 
 ARMS = sorted(path.stem for path in (ROOT / "arms").glob("*.yaml") if path.stem != "scratch")
 
@@ -146,3 +146,13 @@ def test_every_arm_runs(arm, packed, tmp_path):
     images = torch.randn(1, 3, 64, 64)
     prediction = model(images, settings.masks(4)(1, torch.Generator().manual_seed(0))).prediction
     assert prediction.shape == images.shape and prediction.isfinite().all()
+
+
+def test_the_papers_recipe_starts(capsys, monkeypatch, tmp_path):
+    """Swin-B at full size: two steps of pre-training and two of fine-tuning with RandAugment, mixup and all."""
+    monkeypatch.setattr("simmimlib.stages.SCRATCH", tmp_path)
+    dry_run("imagenet-100ep")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("imagenet-100ep")]
+    assert [line.split(":")[0] for line in lines] == ["imagenet-100ep pretrain", "imagenet-100ep finetune"]
+    assert all(math.isfinite(float(line.split("loss ")[1].split(",")[0])) for line in lines)
+    assert not list((tmp_path / "dry-run").iterdir())
