@@ -1,4 +1,4 @@
-"""What the three settings classes share: they check themselves, and a notebook's parameters turn into one.
+"""What the settings classes share: they check themselves, and a notebook's parameters turn into one.
 
 A wrong value stops at once with its name, its value and what is allowed.
 """
