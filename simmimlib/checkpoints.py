@@ -78,7 +78,12 @@ FORMATS = (
 
 def save_simmim(path, model: SimMIM) -> None:
     """Writes weights and, in the header, what rebuilds the model."""
-    header = {"encoder": json.dumps(model.encoder.config), "simmim": json.dumps(model.config)}
+    # one entry: safetensors writes several in an order that differs from run to run
+    save_weights(path, model, {"simmimlib": json.dumps({"encoder": model.encoder.config, "simmim": model.config})})
+
+
+def save_weights(path, model: nn.Module, header: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file of the model's weights, whole or not at all."""
     with whole_file(path) as temporary:
         save_file(model.state_dict(), temporary, header)
 
@@ -93,9 +98,8 @@ def load_simmim(path) -> SimMIM:
         raise ValueError(f"checkpoint = {str(path)!r}: there is no such file")
     try:
         with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-        encoder = create_encoder(**json.loads(header["encoder"]))
-        model = SimMIM(encoder, **json.loads(header["simmim"]))
+            config = json.loads((file.metadata() or {})["simmimlib"])
+        model = SimMIM(create_encoder(**config["encoder"]), **config["simmim"])
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"checkpoint = {str(path)!r}: not a file written by simmimlib's pre-training") from error
     return load_checkpoint(path, model)

@@ -1,15 +1,14 @@
-"""Data sets (paper section 4): every image is decoded once and packed into uint8 arrays.
+"""Data sets (paper section 4): where images come from, and the uint8 arrays that ``packing.py`` makes of them.
 
-A packed data set is a folder: ``train_images.npy`` [N, size, size, C] uint8 (memory-mapped when read),
-``train_labels.npy`` [N] (-1 = no label), ``train_sizes.npy`` [N, 2] original width and height, the same for ``val``,
-and ``manifest.json``. Images are stored squashed to a square; crops are drawn in the original geometry, so that the
-aspect ratio comes out right.
+A packed data set is a folder: ``train_images.npy`` [N, size, size, C] uint8, ``train_labels.npy`` [N] int64 (-1 = no
+label), ``train_sizes.npy`` [N, 2] int32, original width and height, ``train_files.npy`` [N] bytes of fixed width, the
+file each image came from in UTF-8 (empty where it came from an array); the same for ``val``; ``manifest.json``; and
+``unreadable.txt``, the files left out and why. All arrays are memory-mapped when read. Images are stored squashed to a
+square; crops are drawn in the original geometry, so that the aspect ratio comes out right.
 """
 
 import json
 import os
-import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,20 +16,23 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from tqdm import tqdm
 
-from simmimlib.runtime import interactive
 from simmimlib.settings import Settings, one_of, require
 
 DATASETS = ("mnist5k", "cifar10", "cifar100", "stl10", "imagenette", "folder")
 STATISTICS = ("imagenet", "dataset")
+CORRUPT = ("stop", "skip")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # what image files are converted to; arrays may have any number of channels
+PARTS = ("images", "labels", "sizes", "files")
 
 
 @dataclass
 class DataSettings(Settings):
-    """What to pack. ``path`` belongs to ``folder``; the ``*_per_class`` limits take the first of a fixed shuffle."""
+    """What to pack. ``path`` belongs to ``folder``; the ``*_per_class`` limits take the first of a fixed shuffle.
+
+    ``corrupt`` says what files do that are no readable images: "stop" names them all in an error, "skip" leaves them
+    out (after the limits: no other file takes their place) and lists them in ``unreadable.txt``.
+    """
 
     data: str = "mnist5k"
     path: str = ""
@@ -39,6 +41,7 @@ class DataSettings(Settings):
     train_per_class: int = 0
     val_per_class: int = 0
     statistics: str = "dataset"
+    corrupt: str = "stop"
     out: str = "data/packed/mnist5k"
 
     def check(self):
@@ -51,6 +54,7 @@ class DataSettings(Settings):
             "1, 3 or 4 (others: .npy arrays)",
         )
         one_of("statistics", self.statistics, STATISTICS)
+        one_of("corrupt", self.corrupt, CORRUPT)
         require(self.size > 0, "size", self.size, "a number of pixels above 0")
         require(self.train_per_class >= 0, "train_per_class", self.train_per_class, "0 (all) or more")
         require(self.val_per_class >= 0, "val_per_class", self.val_per_class, "0 (all) or more")
@@ -65,7 +69,7 @@ class DataSettings(Settings):
 
 
 class Source(NamedTuple):
-    train: list  # of (path or uint8 array, class index or -1)
+    train: list  # of (path as str or uint8 array, class index or -1)
     val: list
     classes: list
 
@@ -131,125 +135,56 @@ def image_folder(path: str) -> Source:
     train_root = root / "train" if (root / "train").is_dir() else root
     val_root = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     skip = {"val", "test"} if train_root == root else set()
-    classes = sorted(p.name for p in train_root.iterdir() if _is_visible(p) and p.is_dir() and p.name not in skip)
+    classes = [entry.name for entry in _visible(train_root) if entry.is_dir() and entry.name not in skip]
     train = _labelled_files(train_root, classes)
     require(bool(train), "path", str(train_root), "a folder that holds images; this one has none")
     val = []
     if val_root is not None:
-        val_classes = sorted(p.name for p in val_root.iterdir() if _is_visible(p) and p.is_dir())
+        val_classes = [entry.name for entry in _visible(val_root) if entry.is_dir()]
         if unknown := [name for name in val_classes if name not in classes]:
             raise ValueError(f"{val_root} has classes that {train_root} lacks: {', '.join(unknown[:10])}")
         val = _labelled_files(val_root, classes)
     return Source(train, val, classes)
 
 
-def _is_visible(path: Path) -> bool:
-    return not path.name.startswith(".")
+def _visible(folder) -> list[os.DirEntry]:
+    """What a folder holds, by name; unlike paths, entries know without a system call whether they are files."""
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
 def _labelled_files(root: Path, classes: list) -> list:
     if not classes:
-        return [(path, -1) for path in sorted(root.iterdir()) if path.is_file() and _is_visible(path)]
+        return [(entry.path, -1) for entry in _visible(root) if entry.is_file()]
+    return [(path, label) for label, name in enumerate(classes) for path in _files_below(root / name)]
+
+
+def _files_below(folder) -> list[str]:
     files = []
-    for label, name in enumerate(classes):
-        inside = sorted(p for p in (root / name).rglob("*") if p.is_file() and _is_visible(p))
-        files += [(path, label) for path in inside]
+    for entry in _visible(folder):
+        if entry.is_file():
+            files.append(entry.path)
+        elif entry.is_dir(follow_symlinks=False):
+            files += _files_below(entry.path)
     return files
 
 
-def _limit(items: list, per_class: int) -> list:
-    if not per_class:
-        return items
-    order = np.random.default_rng(0).permutation(len(items))
-    kept, seen = [], {}
-    for i in order:
-        label = items[i][1]
-        seen[label] = seen.get(label, 0) + 1
-        if seen[label] <= per_class:
-            kept.append(i)
-    return [items[i] for i in sorted(kept)]
+# Reading ------------------------------------------------------------------------------------------------------------
 
 
-# Packing ------------------------------------------------------------------------------------------------------------
+def read_image(item, channels: int) -> np.ndarray:
+    """One image as uint8 [height, width, channels].
 
+    ``item`` is the path of anything Pillow reads or of a ``.npy`` array, or a uint8 array [height, width] or
+    [height, width, channels].
 
-def pack(settings: DataSettings) -> dict:
-    """Decodes every image once and writes the packed folder ``settings.out``, whole or not at all.
-
-    Returns the manifest. Raises ValueError that names the files which are no readable images.
+    Raises:
+        ValueError: it has another number of channels, or an array is not uint8.
+        Exception: of any kind, from the decoder, where the file is damaged or no image.
     """
-    source = find_images(settings)
-    out = Path(settings.out)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        train = _limit(source.train, settings.train_per_class)
-        val = _limit(source.val, settings.val_per_class)
-        unreadable = _pack_split(train, partial / "train", settings) + _pack_split(val, partial / "val", settings)
-        if unreadable:
-            more = f" and {len(unreadable) - 10} more" if len(unreadable) > 10 else ""
-            raise ValueError(
-                f"{len(unreadable)} of {len(train) + len(val)} files are no readable images; mend or remove them:\n  "
-                + "\n  ".join(unreadable[:10])
-                + more
-            )
-        if settings.statistics == "imagenet":
-            mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
-        else:
-            mean, std = _statistics(np.load(partial / "train_images.npy", mmap_mode="r"))
-        manifest = {
-            "data": settings.data,
-            "classes": source.classes,
-            "train": len(train),
-            "val": len(val),
-            "size": settings.size,
-            "channels": settings.channels,
-            "mean": mean,
-            "std": std,
-        }
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        shutil.rmtree(out, ignore_errors=True)
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return manifest
-
-
-def _pack_split(items: list, prefix: Path, settings: DataSettings) -> list[str]:
-    """Writes the arrays of one split; returns a line for each file that could not be read."""
-    size = settings.size
-    shape = (len(items), size, size, settings.channels)
-    images = np.lib.format.open_memmap(f"{prefix}_images.npy", mode="w+", dtype=np.uint8, shape=shape)
-    sizes = np.zeros((len(items), 2), dtype=np.int32)
-
-    def work(i):
-        try:
-            image = _read(items[i][0], settings.channels)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return f"{items[i][0]}: {error}"
-        sizes[i] = image.shape[1::-1]
-        if image.shape[:2] != (size, size):
-            bands = (Image.fromarray(band) for band in np.moveaxis(image, 2, 0))
-            resized = [band.resize((size, size), Image.Resampling.BICUBIC) for band in bands]
-            image = np.stack([np.asarray(band) for band in resized], axis=2)
-        images[i] = image
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(work, range(len(items)))
-        bar = tqdm(results, total=len(items), desc=f"pack {prefix.name}", unit="img", disable=not interactive())
-        unreadable = [line for line in bar if line]
-    images.flush()
-    np.save(f"{prefix}_sizes.npy", sizes)
-    np.save(f"{prefix}_labels.npy", np.array([label for _, label in items], dtype=np.int64))
-    return unreadable
-
-
-def _read(item, channels: int) -> np.ndarray:
-    """One image as uint8 [height, width, channels]."""
     if isinstance(item, np.ndarray):
         image = Image.fromarray(item)
-    elif item.suffix == ".npy":
+    elif item.endswith(".npy"):
         array = np.load(item, allow_pickle=False)
         array = array[..., None] if array.ndim == 2 else array
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != channels:
@@ -263,31 +198,17 @@ def _read(item, channels: int) -> np.ndarray:
     return np.asarray(image.convert(MODES[channels])).reshape(image.height, image.width, channels)
 
 
-def _statistics(images: np.ndarray) -> tuple[list, list]:
-    """Mean and standard deviation of each channel, of pixels scaled to [0, 1]."""
-    total = square = 0.0
-    for start in range(0, len(images), 4096):
-        chunk = images[start : start + 4096].astype(np.float64) / 255
-        total, square = total + chunk.sum((0, 1, 2)), square + (chunk**2).sum((0, 1, 2))
-    pixels = images.size / images.shape[-1]
-    mean = total / pixels
-    std = np.sqrt(np.maximum(square / pixels - mean**2, 1e-12))
-    return [round(float(v), 6) for v in mean], [round(float(v), 6) for v in std]
-
-
-# Reading ------------------------------------------------------------------------------------------------------------
-
-
 class Split(NamedTuple):
     images: np.ndarray  # [N, size, size, C] uint8, memory-mapped
     labels: np.ndarray  # [N], -1 = no label
     sizes: np.ndarray  # [N, 2], original width and height
+    files: np.ndarray  # [N] bytes, UTF-8; empty where the image came from an array
 
     def __len__(self):
-        raise TypeError("use len(split.images)")  # a tuple's own length would always be 3
+        raise TypeError("use len(split.images)")  # a tuple's own length would always be 4
 
     def select(self, indices) -> "Split":
-        return Split(*(array[indices] for array in (self.images, self.labels, self.sizes)))
+        return Split(*(array[indices] for array in self))
 
 
 @dataclass
@@ -308,12 +229,14 @@ def open_packed(data: str) -> Packed:
     """Opens a packed folder. ``data`` may also be ``"mnist5k"``, which is packed on first use (no download).
 
     Raises:
-        ValueError: there is no such packed folder; the message says how to make one.
+        ValueError: there is no such packed folder, or one of an earlier version; the message says how to make one.
     """
     folder = Path(data)
     if data == "mnist5k":
         folder = Path(DataSettings().out)
-        if not (folder / "manifest.json").is_file():
+        if not (folder / "train_files.npy").is_file():
+            from simmimlib.packing import pack  # imported here: it imports this module
+
             pack(DataSettings())
     if not (folder / "manifest.json").is_file():
         raise ValueError(
@@ -321,10 +244,15 @@ def open_packed(data: str) -> Packed:
             "notebooks/01_data.ipynb, for example: papermill notebooks/01_data.ipynb /tmp/01_data.ipynb "
             f"-p data folder -p path /my/images -p out {data if '/' in data else 'data/packed/' + data}"
         )
+    for name in ("train_files.npy", "val_files.npy"):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"data = {data!r}: this folder was packed by an earlier version (it has no {name}); pack it again, "
+                "with notebooks/01_data.ipynb"
+            )
     manifest = json.loads((folder / "manifest.json").read_text())
     splits = [
-        Split(*(np.load(folder / f"{split}_{part}.npy", mmap_mode="r") for part in ("images", "labels", "sizes")))
-        for split in ("train", "val")
+        Split(*(np.load(folder / f"{split}_{part}.npy", mmap_mode="r") for part in PARTS)) for split in ("train", "val")
     ]
     keys = ("data", "classes", "size", "channels", "mean", "std")
     return Packed(*(manifest[key] for key in keys), *splits)

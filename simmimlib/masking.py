@@ -59,8 +59,8 @@ class MaskGenerator:
         source = generator.device if generator is not None else device
         draw = {"random": self._random, "square": self._square, "block": self._block}[self.strategy]
         mask = draw(batch_size, {"generator": generator, "device": source})  # [B, gh, gw]
-        mask = mask.repeat_interleave(self.repeat, 1).repeat_interleave(self.repeat, 2)
-        return mask.to(device) if device is not None else mask
+        mask = mask.to(device, non_blocking=True) if device is not None else mask  # while it is still small
+        return mask.repeat_interleave(self.repeat, 1).repeat_interleave(self.repeat, 2)
 
     def _random(self, batch_size, where) -> Tensor:
         noise = torch.rand(batch_size, math.prod(self.grid), **where)

@@ -3,8 +3,10 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -12,16 +14,44 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def pick_device() -> torch.device:
-    """A GPU if there is one, else the CPU; ``SIMMIM_DEVICE`` (for example ``cpu`` or ``cuda:1``) overrules."""
+    """A GPU if there is one, else the CPU; ``SIMMIM_DEVICE`` (for example ``cpu`` or ``cuda:1``) overrules.
+
+    Of several processes each gets the GPU of its local rank.
+    """
     if name := os.environ.get("SIMMIM_DEVICE"):
         return torch.device(name)
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if dist.is_initialized() and device.type != "cpu":
+        return torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+def rank() -> int:
+    """This process's number among those that train together; 0 when it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of the rows of a global batch; parts differ by one row at most."""
+    return tensor.tensor_split(world_size())[rank()]
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -45,8 +75,20 @@ def whole_file(path):
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(f"{path}: could not be written ({error}); {free / 1e9:.1f} GB are free there") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder) -> None:
+    """Raises OSError now rather than after hours of training, if results could not be written there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"out = {str(folder)!r}: must be a folder that can be written to ({error})") from error
 
 
 def write_json(path, values: dict) -> None:
@@ -92,27 +134,33 @@ def interactive() -> bool:
 
 
 class Progress:
-    """Counts images through a run: a bar with rate and time left when interactive, one line an epoch in batch."""
+    """Counts images through a run: a bar with rate and time left when interactive, one line an epoch in batch.
 
-    def __init__(self, title: str, epochs: int, images_per_epoch: int):
+    ``images`` and ``seconds`` go on from what an interrupted run had reached.
+    """
+
+    def __init__(self, title: str, epochs: int, images_per_epoch: int, images=0, seconds=0.0):
         self.title, self.epochs = title, epochs
-        self.images = 0
-        self.start = time.perf_counter()
-        total = epochs * images_per_epoch
-        self.bar = tqdm(total=total, desc=title, unit="img", disable=not interactive(), dynamic_ncols=True)
+        self.images = images
+        self.start = time.perf_counter() - seconds
+        total, hidden = epochs * images_per_epoch, rank() > 0 or not interactive()
+        self.bar = tqdm(total=total, initial=images, desc=title, unit="img", disable=hidden, dynamic_ncols=True)
 
     def step(self, images: int) -> None:
         self.images += images
         self.bar.update(images)
 
+    def show(self, **numbers: float) -> None:
+        """Puts the latest numbers behind the bar."""
+        self.bar.set_postfix_str(_numbers(numbers), refresh=False)
+
     def epoch(self, row: dict) -> None:
-        """Shows the numbers of a finished epoch (``row["epoch"]`` counts from 1)."""
-        numbers = ", ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "epoch" and isinstance(v, float))
-        if not self.bar.disable:
-            self.bar.set_postfix_str(numbers)
-            return
-        left = self.seconds / row["epoch"] * (self.epochs - row["epoch"])
-        print(f"{self.title} epoch {row['epoch']}/{self.epochs}: {numbers}, {left:.0f} s left", flush=True)
+        """Prints the numbers of a finished epoch (``row["epoch"]`` counts from 1) where there is no bar."""
+        self.show(**row)
+        if rank() == 0 and self.bar.disable:
+            left = self.seconds / row["epoch"] * (self.epochs - row["epoch"])
+            numbers = f"{_numbers(row)}, {self.images / self.seconds:.4g} img/s, {left:.0f} s left"
+            print(f"{self.title} epoch {row['epoch']}/{self.epochs}: {numbers}", flush=True)
 
     @property
     def seconds(self) -> float:
@@ -120,3 +168,7 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def _numbers(row: dict) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float))

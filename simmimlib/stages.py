@@ -8,12 +8,19 @@
     python -m simmimlib.stages dry-run imagenet-100ep      # a few steps of a profile on generated images
 
 Needs papermill, neither DVC nor git. The executed notebook lands beside the stage's other files when it has finished;
-when it fails it stays in ``.scratch/`` with the traceback, and the command ends non-zero.
+when it fails it stays in ``.scratch/`` with the traceback, and the command ends non-zero. A training stage that was
+killed goes on where it was when it is started again; SIGTERM and Ctrl-C let it save first.
+
+Started in several processes (``torchrun``, ``srun``; see ``launch.py``), the first one runs the notebook and the others
+the loop that the notebook calls.
 """
 
 import argparse
+import os
 import shutil
+import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -48,24 +55,57 @@ def run_notebook(notebook: str, parameters: dict, folder: Path) -> None:
     # as long as the rest of papermill.
     sys.modules.setdefault("rfc3987_syntax", None)
     import papermill  # imported here: activating a profile does not need it
+    from nbclient.exceptions import DeadKernelError
 
     SCRATCH.mkdir(exist_ok=True)
     scratch = SCRATCH / "-".join([*folder.parts[1:], f"{notebook}.ipynb"])
     try:
-        papermill.execute_notebook(
-            f"notebooks/{notebook}.ipynb",
-            str(scratch),
-            parameters,
-            kernel_name="python3",
-            shutdown_kernel="immediate",  # its files are written: waiting for it to tidy up costs a second a stage
-            progress_bar=False,
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
-        )
+        with signals_to_the_kernel():
+            papermill.execute_notebook(
+                f"notebooks/{notebook}.ipynb",
+                str(scratch),
+                parameters,
+                kernel_name="python3",
+                shutdown_kernel="immediate",  # its files are written: waiting for it to tidy up costs a second a stage
+                progress_bar=False,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+            )
     except papermill.PapermillExecutionError as error:
         sys.exit(f"{error.ename}: {error.evalue}\n{notebook} failed; the notebook with the traceback is {scratch}")
+    except DeadKernelError:
+        sys.exit(
+            f"{notebook}: the process that ran the notebook died; the system kills one that takes too much memory. "
+            f"Start the stage again to go on from its last checkpoint. The notebook so far is {scratch}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     shutil.move(scratch, folder / f"{notebook}.ipynb")
+
+
+@contextmanager
+def signals_to_the_kernel():
+    """SIGINT and SIGTERM reach the training, which saves; the notebook then fails, and the stage with it."""
+    import psutil  # imported here: comes with the notebooks' kernel
+
+    def pass_on(number, frame):
+        for child in psutil.Process().children():
+            child.send_signal(signal.SIGINT)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_loop(stage: str, parameters: dict) -> None:
+    """What the notebook of a training stage calls, without the notebook."""
+    from simmimlib.finetune import FinetuneSettings, finetune
+    from simmimlib.pretrain import PretrainSettings, pretrain
+
+    settings, loop = {"pretrain": (PretrainSettings, pretrain), "finetune": (FinetuneSettings, finetune)}[stage]
+    loop(settings.from_values(parameters))
 
 
 def activate(name: str) -> None:
@@ -82,7 +122,8 @@ def activate(name: str) -> None:
                 "params.yaml has changes that no file of profiles/ has: keep them as profiles/<new name>.yaml (with "
                 "that name as its `profile`), or drop them with `git checkout params.yaml`, then try again"
             )
-    shutil.copyfile(f"profiles/{name}.yaml", active)
+    shutil.copyfile(f"profiles/{name}.yaml", ".params.partial.yaml")
+    Path(".params.partial.yaml").replace(active)
 
 
 def dry_run(name: str) -> None:
@@ -93,8 +134,9 @@ def dry_run(name: str) -> None:
     import numpy as np  # imported here, like the loops: the other stages run in a kernel of their own
     from PIL import Image
 
-    from simmimlib.data import DataSettings, pack
+    from simmimlib.data import DataSettings
     from simmimlib.finetune import FinetuneSettings, finetune
+    from simmimlib.packing import pack
     from simmimlib.pretrain import PretrainSettings, pretrain
 
     params = load_yaml("profile", name)
@@ -134,7 +176,10 @@ def main() -> None:
         if arguments.stage == "dry-run":
             return dry_run(arguments.name)
         params = yaml.safe_load(Path("params.yaml").read_text())
-        run_notebook(*stage_parameters(arguments.stage, params, arguments.arm, arguments.seed))
+        notebook, parameters, folder = stage_parameters(arguments.stage, params, arguments.arm, arguments.seed)
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) > 0:
+            return run_loop(arguments.stage, parameters)
+        run_notebook(notebook, parameters, folder)
     except ValueError as error:
         sys.exit(str(error))
 

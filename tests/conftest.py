@@ -1,17 +1,20 @@
 import os
 from pathlib import Path
 
+# read when torch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
+os.environ.setdefault("SIMMIM_DEVICE", "cpu")
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from simmimlib.data import DataSettings, pack
+from simmimlib.data import DataSettings
+from simmimlib.packing import pack
 
 ROOT = Path(__file__).parents[1]
 TINY = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}  # changes to vit_tiny_patch16_224
-
-os.environ.setdefault("SIMMIM_DEVICE", "cpu")
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -90,6 +92,42 @@ def test_a_failing_stage_leaves_its_notebook_where_it_says(project):
     kept = output.strip().splitlines()[-1].rpartition(" is ")[2]
     assert "Traceback" in (project / kept).read_text()
     assert not (project / "results/tiny/01_data.ipynb").exists()
+
+
+def test_an_interrupted_repro_goes_on(project):
+    """Ctrl-C reaches dvc and the stage; the training saves, and the next repro takes it from there."""
+    profile = yaml.safe_load((project / "params.yaml").read_text())
+    profile["pretrain"]["epochs"] = 1500
+    (project / "params.yaml").write_text(yaml.safe_dump(profile))
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = ["dvc", "repro", "pretrain@tiny-default-0"]
+    with subprocess.Popen(
+        command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    ) as process:
+        log = project / "results/tiny/runs/default-0/pretrain/log.csv"
+        while not log.exists() and process.poll() is None:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        output = process.communicate()[0].decode()
+    assert process.returncode != 0
+    step = int(output.rpartition("stopped by a signal after step ")[2].partition(";")[0])
+    assert 2 <= step < 3000 and "02_pretrain failed; the notebook with the traceback is .scratch/" in output
+    assert f"going on after step {step} of 3000" in run(*command, cwd=project)
+    assert len(pd.read_csv(log)) == 1500
+
+
+def test_a_stage_in_two_processes(project):
+    """The first process runs the notebook, the second the loop that the notebook calls."""
+    run(sys.executable, "-m", "simmimlib.stages", "data", cwd=project)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    run(*torchrun, "-m", "simmimlib.stages", "pretrain", cwd=project)
+    folder = project / "results/tiny/runs/default-0/pretrain"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "02_pretrain.ipynb",
+        "log.csv",
+        "metrics.json",
+        "model.safetensors",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ import yaml
 
 from conftest import ROOT, write_images
 from simmimlib.checkpoints import export_timm, load_simmim
-from simmimlib.data import DataSettings, pack
+from simmimlib.data import DataSettings
 from simmimlib.encoders import create_encoder
 from simmimlib.finetune import FinetuneSettings
 from simmimlib.optim import create_optimizer, create_schedule, parameter_groups, scale_rate
+from simmimlib.packing import pack
 from simmimlib.pretrain import PretrainSettings, pretrain
 from simmimlib.stages import dry_run, stage_parameters
 

@@ -6,10 +6,11 @@ import pytest
 
 from conftest import TINY, write_images
 from simmimlib.checkpoints import export_timm
-from simmimlib.data import DataSettings, pack
+from simmimlib.data import DataSettings
 from simmimlib.encoders import create_encoder
 from simmimlib.finetune import FinetuneSettings, finetune
 from simmimlib.optim import layer_id, parameter_groups
+from simmimlib.packing import pack
 from simmimlib.pretrain import PretrainSettings, pretrain
 
 
