@@ -1,6 +1,7 @@
 """Files that must agree with each other: notebooks, settings, profiles, arms, pins."""
 
 import ast
+import dataclasses
 import json
 import re
 import tomllib
@@ -54,8 +55,8 @@ def test_parameters_cell_explains_every_setting(name, settings):
         (node,) = ast.parse(line).body
         values[node.target.id] = ast.literal_eval(node.value)
         assert re.search(r"  # \w", line), f"{line} has no explanation"
-    assert list(values) == settings.names()
-    settings(**values)  # and the defaults are valid
+    # the same defaults: a process without a notebook (stages.run_loop) must run what the notebook runs
+    assert values == dataclasses.asdict(settings())
 
 
 @pytest.mark.parametrize("profile", PROFILES)
