@@ -125,8 +125,8 @@ class ArrayImages:
         self.mean, self.std = normaliser(packed, device)
         self.sizes = torch.from_numpy(np.array(split.sizes)).float()
         self.read, self.resident = 0, None
-        self.pinned = device.type == "cuda"
-        if self.pinned and split.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        self.ahead = device.type == "cuda"  # reading can overlap with computing there
+        if self.ahead and split.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             self.resident = torch.from_numpy(np.array(split.images)).to(device)
 
     def __call__(self, epoch: int, steps: list) -> Iterator[Tensor]:
@@ -140,7 +140,7 @@ class ArrayImages:
 
     def _stream(self, parts: list) -> Iterator[Tensor]:
         """Rows of the memory map, each part read while the one before it is used where that can overlap."""
-        if not self.pinned:
+        if not self.ahead:
             yield from map(self._rows, parts)
             return
         with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as ahead:
@@ -151,9 +151,9 @@ class ArrayImages:
                 yield waiting.pop(0).result()
 
     def _rows(self, rows: Tensor, readers=None) -> Tensor:
-        """uint8 [B, size, size, C]; pinned when there are threads to fill it."""
-        source = self.split.images
-        images = torch.empty((len(rows), *source.shape[1:]), dtype=torch.uint8, pin_memory=readers is not None)
+        """uint8 [B, size, size, C]."""
+        source, pinned = self.split.images, self.device.type == "cuda"
+        images = torch.empty((len(rows), *source.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
 
         def copy(start, stop):
             np.take(source, rows[start:stop].numpy(), axis=0, out=images[start:stop].numpy(), mode="clip")
