@@ -10,6 +10,7 @@ _HOME = {
     "FinetuneSettings": "finetune",
     "MaskGenerator": "masking",
     "PretrainSettings": "pretrain",
+    "ProbeSettings": "probe",
     "SimMIM": "simmim",
     "avg_dist": "masking",
     "create_encoder": "encoders",
