@@ -31,7 +31,6 @@ SOURCES = ("packed", "files")
 INTERPOLATIONS = ("bilinear", "bicubic")
 ORDER, CROPS, MASKS, WORKERS = range(4)  # what random numbers are for: each use has a stream of its own
 READERS = 8  # threads that copy rows of the memory map: on a cold page cache they wait for the disk
-RELEASE = 2**28  # bytes read through the memory map after which its pages are given back
 
 
 def random_stream(*key: int) -> torch.Generator:
@@ -124,7 +123,7 @@ class ArrayImages:
         self.scale, self.flip, self.centre, self.interpolation = scale, flip, centre, interpolation
         self.mean, self.std = normaliser(packed, device)
         self.sizes = torch.from_numpy(np.array(split.sizes)).float()
-        self.read, self.resident = 0, None
+        self.resident = None
         self.ahead = device.type == "cuda"  # reading can overlap with computing there
         if self.ahead and split.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             self.resident = torch.from_numpy(np.array(split.images)).to(device)
@@ -160,10 +159,8 @@ class ArrayImages:
 
         cuts = np.linspace(0, len(rows), READERS + 1).astype(int) if readers else np.array([0, len(rows)])
         list((readers.map if readers else map)(copy, cuts[:-1], cuts[1:]))
-        self.read += images.nbytes
-        if self.read > RELEASE and isinstance(source, np.memmap):
-            source._mmap.madvise(mmap.MADV_DONTNEED)  # they stay in the page cache, but no longer count as ours
-            self.read = 0
+        if isinstance(source, np.memmap):  # the pages stay in the system's cache, but no longer count as ours
+            source._mmap.madvise(mmap.MADV_DONTNEED)
         return images
 
     def _cut(self, images: Tensor, boxes: Tensor | None) -> Tensor:

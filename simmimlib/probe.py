@@ -1,8 +1,8 @@
 """Frozen features (paper section 4.2): what an encoder knows before it is fine-tuned.
 
 The encoder sees whole images and is not trained; k nearest neighbours, or a linear classifier, read the class off its
-features. They are the mean of the patch tokens: SimMIM's loss never reaches the class token, and a Swin has none. The
-paper's linear probe of ViT-B reads the 8th of its 12 blocks: the last ones are busy with pixels.
+features. They are the mean of the patch tokens: the loss is on these alone, not on a class token, and a Swin has none.
+The paper's linear probe of ViT-B (56.7 % on ImageNet) reads the 8th of its 12 blocks: ``block = 8``.
 """
 
 import time
