@@ -1,10 +1,10 @@
-# make repro [PROFILE=name] | test | lab | lint | format. Each target sets up .venv by itself.
+# make repro [PROFILE=name] | test | lab | lint | format | bench. Each target sets up .venv by itself.
 PYTHON ?= python3
 PROFILE ?=
 READY := .venv/.ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: repro test lab lint format
+.PHONY: repro test lab lint format bench
 
 repro: $(READY)
 	$(if $(PROFILE),python -m simmimlib.stages activate $(PROFILE))
@@ -19,6 +19,9 @@ lab: $(READY)
 lint: $(READY)
 	ruff check .
 	ruff format --check .
+
+bench: $(READY)
+	python bench.py
 
 format: $(READY)
 	ruff check --fix .

@@ -474,7 +474,7 @@ SECTIONS = {
 def markdown(rows: list[dict]) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [columns, ["---"] * len(columns)]
-    lines += [[f"{v:.3g}" if isinstance(v := row.get(name, ""), float) else str(v) for name in columns] for row in rows]
+    lines += [[f"{v:.4g}" if isinstance(v := row.get(name, ""), float) else str(v) for name in columns] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -169,7 +169,7 @@ class ArrayImages:
         elif images.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             images = F.interpolate(images, size, mode=self.interpolation, antialias=True).clamp(0, 255)
-        return (images - self.mean) / self.std
+        return images.sub_(self.mean).div_(self.std)
 
     def _boxes(self, epoch: int, step: int, rows: Tensor) -> Tensor | None:
         """The part of each image to show; None for all of it. Drawn for the global batch, then shared."""
@@ -242,7 +242,7 @@ def crop(images: Tensor, boxes: Tensor, size: int, interpolation="bilinear") -> 
     )  # [B, 2, 3]: from output coordinates in [-1, 1] to input coordinates in [-1, 1]
     grid = F.affine_grid(theta, [len(images), images.shape[1], size, size], align_corners=False)
     cropped = F.grid_sample(images, grid, mode=interpolation, padding_mode="border", align_corners=False)
-    return cropped.clamp(0, 255)  # bicubic overshoots
+    return cropped.clamp_(0, 255) if interpolation == "bicubic" else cropped  # which overshoots
 
 
 class TransformedImages:

@@ -28,7 +28,10 @@ PARTS = ("images", "labels", "sizes", "files")
 
 @dataclass
 class DataSettings(Settings):
-    """What to pack. ``path`` belongs to ``folder``; the ``*_per_class`` limits take the first of a fixed shuffle.
+    """What to pack. ``path`` belongs to ``folder``; the ``*_per_class`` counts take the first of a fixed shuffle.
+
+    ``holdout_per_class`` training images of each class take the place of the validation images: recipes are chosen on
+    them, so that the true validation images are looked at once.
 
     ``corrupt`` says what files do that are no readable images: "stop" names them all in an error, "skip" leaves them
     out (after the limits: no other file takes their place) and lists them in ``unreadable.txt``.
@@ -40,6 +43,7 @@ class DataSettings(Settings):
     channels: int = 1
     train_per_class: int = 0
     val_per_class: int = 0
+    holdout_per_class: int = 0
     statistics: str = "dataset"
     corrupt: str = "stop"
     out: str = "data/packed/mnist5k"
@@ -58,6 +62,7 @@ class DataSettings(Settings):
         require(self.size > 0, "size", self.size, "a number of pixels above 0")
         require(self.train_per_class >= 0, "train_per_class", self.train_per_class, "0 (all) or more")
         require(self.val_per_class >= 0, "val_per_class", self.val_per_class, "0 (all) or more")
+        require(self.holdout_per_class >= 0, "holdout_per_class", self.holdout_per_class, "0 (none) or more")
         require(self.data == "folder" or not self.path, "path", self.path, "empty unless data is 'folder'")
         require(self.data != "folder" or self.path, "path", self.path, "the image folder, when data is 'folder'")
         require(
@@ -72,14 +77,18 @@ class Source(NamedTuple):
     train: list  # of (path as str or uint8 array, class index or -1)
     val: list
     classes: list
+    name: str = ""  # where it does not follow from the settings
 
 
 def find_images(settings: DataSettings) -> Source:
-    """Lists the images of a data set, downloading it where torchvision can."""
+    """Lists the images of a data set: an image folder ``data/<name>`` if there is one, otherwise a download."""
     if settings.data == "mnist5k":
         return _mnist5k()
     if settings.data == "folder":
         return image_folder(settings.path)
+    folder = Path("data") / settings.data
+    if folder.is_dir():
+        return image_folder(str(folder))._replace(name=f"{settings.data} (files of {folder})")
     return _torchvision(settings.data)
 
 

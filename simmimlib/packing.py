@@ -38,9 +38,15 @@ def pack(settings: DataSettings) -> dict:
         OSError: the disk has too little space.
     """
     source = find_images(settings)
+    train, val = source.train, source.val
+    if settings.holdout_per_class:
+        held = set(_first_of_each_class(train, settings.holdout_per_class))
+        val = [train[i] for i in sorted(held)]
+        train = [item for i, item in enumerate(train) if i not in held]
+    limits = {"train": (train, settings.train_per_class), "val": (val, settings.val_per_class)}
     splits = {
-        "train": _limit(source.train, settings.train_per_class),
-        "val": _limit(source.val, settings.val_per_class),
+        name: [items[i] for i in _first_of_each_class(items, limit)] if limit else items
+        for name, (items, limit) in limits.items()
     }
     out = Path(settings.out).resolve()  # so that a link to another disk stays one
     partial, old = (out.with_name(f".{out.name}.{kind}") for kind in ("partial", "old"))
@@ -64,7 +70,7 @@ def pack(settings: DataSettings) -> dict:
     else:
         mean, std = _statistics(done["train"], counts["train"] * settings.size**2)
     manifest = {
-        "data": settings.data,
+        "data": source.name or settings.data,
         "classes": source.classes,
         **counts,
         "unreadable": {name: len(unreadable[name]) for name in splits},
@@ -92,17 +98,15 @@ def pack(settings: DataSettings) -> dict:
     return manifest
 
 
-def _limit(items: list, per_class: int) -> list:
-    if not per_class:
-        return items
-    order = np.random.default_rng(0).permutation(len(items))
+def _first_of_each_class(items: list, count: int) -> list[int]:
+    """Positions, in order, of the first ``count`` items of each class in a fixed shuffle."""
     kept, seen = [], {}
-    for i in order:
+    for i in np.random.default_rng(0).permutation(len(items)).tolist():
         label = items[i][1]
         seen[label] = seen.get(label, 0) + 1
-        if seen[label] <= per_class:
+        if seen[label] <= count:
             kept.append(i)
-    return [items[i] for i in sorted(kept)]
+    return sorted(kept)
 
 
 def _first(lines: list[str]) -> str:

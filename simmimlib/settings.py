@@ -95,3 +95,34 @@ def load_yaml(kind: str, name: str) -> dict:
         there = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
         raise ValueError(f"{kind} = {name!r}: there is no {kind}s/{name}.yaml; known are {there}")
     return yaml.safe_load(path.read_text())
+
+
+def stage_parameters(stage: str, params: dict, arm: str, seed: int) -> tuple[str, dict, Path]:
+    """Notebook, parameters and folder of the files of one stage."""
+    profile = params["profile"]
+    packed, results = f"data/packed/{profile}", Path("results") / profile
+    run = results / "runs" / f"{arm}-{seed}"
+    if stage == "data":
+        return "01_data", {**params["data"], "out": packed}, results
+    if stage == "ablations":
+        return "04_ablations", {"profile": profile, "out": str(results)}, results
+    changes = dict(load_yaml("arm", arm)[stage])
+    # arms give mask patches as multiples of the profile's, so that one arm serves every image size
+    if scale := changes.pop("mask_patch_scale", None):
+        changes["mask_patch_size"] = round(params["pretrain"]["mask_patch_size"] * scale)
+    values = {**params["model"], **params[stage], **changes, "data": packed, "seed": seed, "out": str(run / stage)}
+    if stage == "finetune" and arm != "scratch":
+        values["checkpoint"] = str(run / "pretrain" / "model.safetensors")
+    return {"pretrain": "02_pretrain", "finetune": "03_finetune"}[stage], values, run / stage
+
+
+def run_settings(params: dict, arm: str, seed: int) -> dict[str, dict]:
+    """What the data and training stages of one run are given: two runs with the same are the same run."""
+    stages = ["data", "finetune"] if arm == "scratch" else ["data", "pretrain", "finetune"]
+    return {stage: stage_parameters(stage, params, arm, seed)[1] for stage in stages}
+
+
+def arm_changes(arm: str) -> str:
+    """What an arm changes, on one line."""
+    stages = load_yaml("arm", arm)
+    return ", ".join(f"{name} = {value}" for stage in ("pretrain", "finetune") for name, value in stages[stage].items())

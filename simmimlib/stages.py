@@ -16,6 +16,7 @@ the loop that the notebook calls.
 """
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -25,28 +26,9 @@ from pathlib import Path
 
 import yaml
 
-from simmimlib.settings import load_yaml, project_root
+from simmimlib.settings import load_yaml, project_root, stage_parameters
 
 SCRATCH = Path(".scratch")
-
-
-def stage_parameters(stage: str, params: dict, arm: str, seed: int) -> tuple[str, dict, Path]:
-    """Notebook, parameters and folder of the files of one stage."""
-    profile = params["profile"]
-    packed, results = f"data/packed/{profile}", Path("results") / profile
-    run = results / "runs" / f"{arm}-{seed}"
-    if stage == "data":
-        return "01_data", {**params["data"], "out": packed}, results
-    if stage == "ablations":
-        return "04_ablations", {"profile": profile, "out": str(results)}, results
-    changes = dict(load_yaml("arm", arm)[stage])
-    # arms give mask patches as multiples of the profile's, so that one arm serves every image size
-    if scale := changes.pop("mask_patch_scale", None):
-        changes["mask_patch_size"] = round(params["pretrain"]["mask_patch_size"] * scale)
-    values = {**params["model"], **params[stage], **changes, "data": packed, "seed": seed, "out": str(run / stage)}
-    if stage == "finetune" and arm != "scratch":
-        values["checkpoint"] = str(run / "pretrain" / "model.safetensors")
-    return {"pretrain": "02_pretrain", "finetune": "03_finetune"}[stage], values, run / stage
 
 
 def run_notebook(notebook: str, parameters: dict, folder: Path) -> None:
@@ -79,6 +61,7 @@ def run_notebook(notebook: str, parameters: dict, folder: Path) -> None:
             f"Start the stage again to go on from its last checkpoint. The notebook so far is {scratch}"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "parameters.json").write_text(json.dumps(parameters, indent=1) + "\n")
     shutil.move(scratch, folder / f"{notebook}.ipynb")
 
 

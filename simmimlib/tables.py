@@ -4,6 +4,7 @@ Intervals are 95 % Student-t intervals over seeds; differences to the default ar
 the arms of one seed share (initial weights, labelled subset, data order).
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from simmimlib.runtime import whole_file, write_csv, write_json
-from simmimlib.settings import Settings, load_yaml, require
+from simmimlib.settings import Settings, arm_changes, load_yaml, require, run_settings
 
 # Differences below half a point count as "no difference": the largest that the paper itself calls none is 0.4.
 MARGIN = 0.5
@@ -64,32 +65,51 @@ def load_arms(names: list[str]) -> pd.DataFrame:
     return table.assign(paper=table["paper"].astype(float)).iloc[order.argsort(kind="stable")].reset_index(drop=True)
 
 
-def load_runs(folder, arms: list[str], seeds: list[int]) -> pd.DataFrame:
-    """One row a finished run, from ``<folder>/runs/<arm>-<seed>/{pretrain,finetune}/metrics.json``.
+def load_runs(folder, profile: dict, arms: list[str]) -> pd.DataFrame:
+    """One row a finished run of the profile, in the order of arms and seeds.
 
-    Where the folder has no ``runs/``, from ``<folder>/runs.csv``, which an earlier call's result was written to.
-
-    Raises:
-        ValueError: no run of the default arm is there.
+    A run is finished when ``<folder>/runs/<arm>-<seed>/finetune/metrics.json`` is there and it was given what the
+    profile and the arm give now; runs that lie on another machine are taken from ``<folder>/runs.csv``, where an
+    earlier call recorded them, under the same condition.
     """
     folder, rows = Path(folder), []
+    recorded = {}
+    if (folder / "runs.csv").is_file():
+        table = pd.read_csv(folder / "runs.csv", dtype={"settings": str}, keep_default_na=False, na_values=[""])
+        recorded = {(row["arm"], row["seed"], row["settings"]): row for row in table.to_dict("records")}
     for arm in arms:
-        for seed in seeds:
-            run = folder / "runs" / f"{arm}-{seed}"
-            if not (run / "finetune" / "metrics.json").is_file():
-                continue
-            row = {"arm": arm, "seed": seed, **json.loads((run / "finetune" / "metrics.json").read_text())}
-            if (run / "pretrain" / "metrics.json").is_file():
-                before = json.loads((run / "pretrain" / "metrics.json").read_text())
-                keys = ("loss", "val_loss", "avg_dist", "parameters", "images_seen", "images_per_second")
-                row |= {f"pretrain_{key}": before[key] for key in (*keys, "wall_seconds")}
-            rows.append(row)
-    runs = pd.DataFrame(rows)
-    if not (folder / "runs").is_dir() and (folder / "runs.csv").is_file():
-        runs = pd.read_csv(folder / "runs.csv")
-    if "default" not in set(runs.get("arm", [])):
-        raise ValueError(f"{folder} holds no finished run of the default arm (looked for seeds {seeds})")
-    return runs
+        for seed in profile["seeds"]:
+            wanted = run_settings(profile, arm, seed)
+            key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:10]
+            run = {"arm": arm, "seed": seed, "changes": arm_changes(arm), "settings": key}
+            metrics = read_run(folder / "runs" / f"{arm}-{seed}", wanted)
+            if metrics:
+                rows.append(run | metrics)
+            elif (arm, seed, key) in recorded:
+                rows.append(recorded[arm, seed, key])
+    return pd.DataFrame(rows)
+
+
+def read_run(folder: Path, wanted: dict[str, dict]) -> dict:
+    """Metrics of both stages, those of pre-training with a prefix; {} if it is not finished or was given other values.
+
+    ``wanted`` is what ``run_settings`` says of the run.
+    """
+    row = {}
+    for stage in ("finetune", "pretrain"):
+        if stage not in wanted:
+            continue
+        files = [folder / stage / name for name in ("parameters.json", "metrics.json")]
+        if not all(file.is_file() for file in files):
+            return {}
+        given, metrics = (json.loads(file.read_text()) for file in files)
+        if given != wanted[stage]:
+            return {}
+        if stage == "pretrain":
+            keys = ("loss", "val_loss", "avg_dist", "parameters", "images_seen", "images_per_second", "wall_seconds")
+            metrics = {f"pretrain_{key}": metrics[key] for key in keys}
+        row |= metrics
+    return row
 
 
 def interval(values) -> tuple[float, float, float]:
@@ -125,7 +145,12 @@ def compare(runs: pd.DataFrame, arms: pd.DataFrame) -> pd.DataFrame:
     """The table of arms: mean top-1, interval, paired difference to the default, the paper's numbers, verdict.
 
     ``avg_dist`` (pixels, mean over seeds) is that of the arm's masks, where it pre-trains.
+
+    Raises:
+        ValueError: no run of the default arm is there.
     """
+    if "default" not in set(runs.get("arm", [])):
+        raise ValueError("there is no finished run of the default arm, which all others are compared with")
     top1 = runs.pivot(index="seed", columns="arm", values="top1")
     best = runs.groupby("arm")["top1_best"].mean()
     avg_dist = runs.reindex(columns=["arm", "pretrain_avg_dist"]).groupby("arm")["pretrain_avg_dist"].mean()

@@ -15,7 +15,7 @@ from conftest import ROOT
 from simmimlib.data import DataSettings
 from simmimlib.finetune import FinetuneSettings
 from simmimlib.pretrain import PretrainSettings
-from simmimlib.stages import stage_parameters
+from simmimlib.settings import stage_parameters
 from simmimlib.tables import TableSettings, load_arms
 from simmimlib.tour import TourSettings
 

@@ -130,6 +130,35 @@ def test_a_stage_in_two_processes(project):
     ]
 
 
+def test_heavy_stages_elsewhere(project, tmp_path):
+    """A campaign on a machine without DVC and git; its files come back and are taken in by `dvc commit`."""
+    profile = yaml.safe_load((project / "params.yaml").read_text()) | {"arms": ["default", "l2"], "seeds": [0, 1]}
+    (project / "profiles/tiny.yaml").write_text(yaml.safe_dump(profile))
+    run(sys.executable, "-m", "simmimlib.stages", "activate", "tiny", cwd=project)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(project, elsewhere, ignore=shutil.ignore_patterns(".dvc"))
+    bare = tmp_path / "bin"
+    bare.mkdir()  # a PATH with neither DVC nor git
+    campaign = ("env", f"PATH={bare}", sys.executable, "-m", "simmimlib.campaign")
+    assert "| default | 0 |" in run(*campaign, "plan", cwd=elsewhere)
+    assert (elsewhere / "results/tiny/plan.md").exists()
+    output = run(*campaign, "run", "--jobs", "2", cwd=elsewhere)
+    assert "0 runs are recorded, 6 are to do" in output and "0 to do" in output
+    runs = pd.read_csv(elsewhere / "results/tiny/runs.csv")
+    assert sorted(zip(runs["arm"], runs["seed"], strict=True)) == [
+        (arm, seed) for arm in ("default", "l2", "scratch") for seed in (0, 1)
+    ]
+    assert "6 runs are recorded, 0 are to do" in run(*campaign, "run", cwd=elsewhere)
+
+    run("dvc", "repro", "code", "data@tiny", cwd=project)
+    shutil.copytree(elsewhere / "results/tiny/runs", project / "results/tiny/runs")
+    run("dvc", "commit", "--force", *(f"{stage}@tiny-{arm}-{seed}" for stage in ("pretrain", "finetune")
+        for arm in ("default", "l2") for seed in (0, 1)), "scratch@tiny-0", "scratch@tiny-1", cwd=project)  # fmt: skip
+    output = run("dvc", "repro", cwd=project)
+    assert "Running stage 'ablations@tiny'" in output and output.count("Running stage") == 1
+    assert (project / "results/tiny/figures/reconstructions.png").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

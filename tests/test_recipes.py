@@ -15,7 +15,8 @@ from simmimlib.finetune import FinetuneSettings
 from simmimlib.optim import create_optimizer, create_schedule, parameter_groups, scale_rate
 from simmimlib.packing import pack
 from simmimlib.pretrain import PretrainSettings, pretrain
-from simmimlib.stages import dry_run, stage_parameters
+from simmimlib.settings import stage_parameters
+from simmimlib.stages import dry_run
 
 ARMS = sorted(path.stem for path in (ROOT / "arms").glob("*.yaml") if path.stem != "scratch")
 

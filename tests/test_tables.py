@@ -1,8 +1,13 @@
+import json
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import ROOT
 from simmimlib.figures import accuracy_over_avg_dist
+from simmimlib.settings import load_yaml, run_settings
 from simmimlib.tables import compare, interval, load_runs, to_markdown, verdict, write_tables
 
 ARMS = pd.DataFrame(
@@ -77,10 +82,45 @@ def test_markdown_and_files(tmp_path):
     markdown = to_markdown(table, "quick", frame)
     assert "| L2 | 3 | 66.0 (28.7 to 103.3)" in markdown and "82.7 (unverified) | -0.1 |" in markdown
     write_tables(tmp_path, frame, table, markdown)
-    again = load_runs(tmp_path, ["default"], [0])  # no runs/: the stored runs.csv is read
-    pd.testing.assert_frame_equal(compare(again, ARMS), table)
+    pd.testing.assert_frame_equal(compare(pd.read_csv(tmp_path / "runs.csv"), ARMS), table)
     with pytest.raises(ValueError, match="no finished run of the default arm"):
-        load_runs(tmp_path / "nowhere", ["default"], [0])
+        compare(frame[frame["arm"] != "default"], ARMS)
+
+
+def finish(folder, profile, arm, seed, top1):
+    """Files of a finished run, without the run."""
+    for stage, values in run_settings(profile, arm, seed).items():
+        if stage == "data":
+            continue
+        path = folder / "runs" / f"{arm}-{seed}" / stage
+        path.mkdir(parents=True)
+        (path / "parameters.json").write_text(json.dumps(values))
+        keys = ("loss", "val_loss", "avg_dist", "parameters", "images_seen", "images_per_second", "wall_seconds")
+        metrics = dict.fromkeys(keys, 1.0) | ({"top1": top1, "top1_best": top1} if stage == "finetune" else {})
+        (path / "metrics.json").write_text(json.dumps(metrics))
+
+
+def test_runs_of_several_machines_come_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    profile = load_yaml("profile", "quick")
+    arms = ["scratch", "default", "l2"]
+    assert load_runs(tmp_path, profile, arms).empty
+    finish(tmp_path, profile, "default", 0, 50.0)
+    finish(tmp_path, profile, "scratch", 1, 40.0)
+    runs = load_runs(tmp_path, profile, arms)
+    assert list(zip(runs["arm"], runs["seed"], strict=True)) == [("scratch", 1), ("default", 0)]
+    assert runs["changes"].tolist() == ["", ""] and runs["pretrain_loss"].isna().tolist() == [True, False]
+    runs.to_csv(tmp_path / "runs.csv", index=False)
+
+    # elsewhere, with runs.csv alone, others are added; the ones of the file stay
+    shutil.rmtree(tmp_path / "runs")
+    finish(tmp_path, profile, "l2", 0, 51.0)
+    more = load_runs(tmp_path, profile, arms)
+    assert more["top1"].tolist() == [40.0, 50.0, 51.0] and more["changes"].tolist()[2] == "loss = l2"
+
+    # runs that were given other values are not of this profile
+    profile["finetune"]["epochs"] += 1
+    assert load_runs(tmp_path, profile, arms).empty
 
 
 def test_accuracy_over_avg_dist_shows_the_mask_arms():
