@@ -77,8 +77,6 @@ class Run:
 def run(params: dict, minutes: float, jobs: int) -> None:
     """Works through the order; a run is started only if the longest of its kind so far would still fit."""
     deadline = time.monotonic() + 60 * minutes
-    if not Path("data", "packed", params["profile"], "manifest.json").is_file():
-        subprocess.run([sys.executable, "-m", "simmimlib.stages", "data"], check=True)
     done = record(params)
     todo = [pair for pair in running_order(params) if pair not in done]
     print(f"{len(done)} runs are recorded, {len(todo)} are to do", flush=True)
@@ -146,6 +144,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="run: how many runs share the device")
     arguments = parser.parse_args()
     params = yaml.safe_load(Path("params.yaml").read_text())
+    if not Path("data", "packed", params["profile"], "manifest.json").is_file():
+        subprocess.run([sys.executable, "-m", "simmimlib.stages", "data"], check=True)
     if arguments.what == "plan":
         plan(params)
     else:

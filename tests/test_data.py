@@ -408,3 +408,20 @@ def test_wide_images_are_centre_cropped(tmp_path):
     for seed in (None, 0):
         images, _ = next(iter(batches(packed.train, packed, 16, 1, seed)))
         assert (to_pixels(images, packed)[0, :, 1:-1] * 255 - 200).abs().max() < 5
+
+
+def test_training_images_can_be_held_out(tmp_path, image_folder):
+    """To choose a recipe on: the validation images are not touched."""
+    manifest = pack_folder(tmp_path, image_folder, size=16, holdout_per_class=3)
+    packed = open_packed(str(tmp_path / "out"))
+    assert (manifest["train"], manifest["val"]) == (10, 6) and packed.val.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    files = [set(split.files.tolist()) for split in (packed.train, packed.val)]
+    assert len(files[0] | files[1]) == 16 and all(b"/train/" in file for file in files[0] | files[1])
+
+
+def test_an_image_folder_takes_the_place_of_a_download(tmp_path, image_folder, monkeypatch):
+    (tmp_path / "data").mkdir()
+    image_folder.rename(tmp_path / "data/cifar10")
+    monkeypatch.chdir(tmp_path)
+    manifest = pack(DataSettings(data="cifar10", size=16, channels=3, out="packed"))
+    assert manifest["train"] == 16 and manifest["data"] == "cifar10 (files of data/cifar10)"

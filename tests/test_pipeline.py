@@ -127,14 +127,15 @@ def test_a_stage_in_two_processes(project):
         "log.csv",
         "metrics.json",
         "model.safetensors",
+        "parameters.json",
     ]
 
 
 def test_heavy_stages_elsewhere(project, tmp_path):
     """A campaign on a machine without DVC and git; its files come back and are taken in by `dvc commit`."""
     profile = yaml.safe_load((project / "params.yaml").read_text()) | {"arms": ["default", "l2"], "seeds": [0, 1]}
-    (project / "profiles/tiny.yaml").write_text(yaml.safe_dump(profile))
-    run(sys.executable, "-m", "simmimlib.stages", "activate", "tiny", cwd=project)
+    for name in ("profiles/tiny.yaml", "params.yaml"):
+        (project / name).write_text(yaml.safe_dump(profile))
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(project, elsewhere, ignore=shutil.ignore_patterns(".dvc"))
     bare = tmp_path / "bin"
