@@ -1,8 +1,10 @@
+import functools
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from conftest import TINY, write_images
 from simmimlib.checkpoints import export_timm
@@ -12,6 +14,9 @@ from simmimlib.finetune import FinetuneSettings, finetune
 from simmimlib.optim import layer_id, parameter_groups
 from simmimlib.packing import pack
 from simmimlib.pretrain import PretrainSettings, pretrain
+from simmimlib.training import compiles
+
+SMALL_SWIN = {"patch_size": 2, "window_size": 4, "embed_dim": 24, "depths": (1, 1), "num_heads": (2, 4)}
 
 
 def pretrain_settings(packed, out, **changes):
@@ -140,3 +145,26 @@ def test_layer_ids_of_a_vit():
         13,
         13,
     ]
+
+
+@pytest.mark.parametrize("encoder", [{}, {"encoder": "swin_tiny_patch4_window7_224", "encoder_kwargs": SMALL_SWIN}])
+def test_a_compiled_step_is_the_same_step(tmp_path, packed_folder, monkeypatch, encoder):
+    """The whole step is one graph (`fullgraph`), whatever backend then makes code of it."""
+    changes = {"epochs": 3, "drop_path": 0.0, "mask_patch_size": 8} | encoder
+    pretrain(pretrain_settings(packed_folder, tmp_path / "plain", **changes))
+    monkeypatch.setenv("SIMMIM_COMPILE", "1")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    pretrain(pretrain_settings(packed_folder, tmp_path / "compiled", **changes))
+    plain, compiled = (pd.read_csv(tmp_path / name / "log.csv").values for name in ("plain", "compiled"))
+    np.testing.assert_allclose(compiled, plain, rtol=1e-4)
+    finetune(finetune_settings(packed_folder, tmp_path / "fine", epochs=1, mixup=0.8))
+
+
+def test_compilation_can_be_decided(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [compiles(cpu, 10**6), compiles(gpu, 10), compiles(gpu, 10**6)] == [False, False, True]
+    monkeypatch.setenv("SIMMIM_COMPILE", "0")
+    assert not compiles(gpu, 10**6)
+    monkeypatch.setenv("SIMMIM_COMPILE", "yes")
+    with pytest.raises(ValueError, match="SIMMIM_COMPILE = 'yes': must be one of 0, 1"):
+        compiles(gpu, 1)
