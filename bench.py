@@ -31,11 +31,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simmimlib import MaskGenerator, SimMIM, create_encoder
 from simmimlib.batches import random_resized_boxes, training_batches
-from simmimlib.data import DataSettings, open_packed
+from simmimlib.data import open_packed
 from simmimlib.optim import create_optimizer, parameter_groups
 from simmimlib.packing import pack
 from simmimlib.pretrain import PretrainSettings, pretrain
 from simmimlib.runtime import autocast, pick_device, resolve_precision, whole_file
+from simmimlib.sources import DataSettings
 from simmimlib.training import Objective
 
 DEVICE = pick_device()

@@ -23,9 +23,10 @@ from timm.utils import random_seed
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from simmimlib.data import MODES, Packed, Split, read_image
+from simmimlib.data import Packed, Split
 from simmimlib.runtime import share, world_size
 from simmimlib.settings import require
+from simmimlib.sources import MODES, read_image
 
 SOURCES = ("packed", "files")
 INTERPOLATIONS = ("bilinear", "bicubic")

@@ -18,8 +18,8 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tqdm import tqdm
 
-from simmimlib.data import DataSettings, find_images, read_image
 from simmimlib.runtime import interactive
+from simmimlib.sources import DataSettings, find_images, read_image
 
 CHUNK = 1024  # images decoded between two marks of what is done: little is lost by a kill, little time by marking
 CHUNK_BYTES = 2**26  # fewer where images are large: two chunks are in memory at a time

@@ -4,9 +4,11 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -17,7 +19,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from simmimlib.settings import one_of, require
+
 PRECISIONS = ("auto", "float32", "bfloat16")
+COMPILE_STEPS = 2000  # on a GPU, runs of at least so many steps are compiled
 
 
 def pick_device() -> torch.device:
@@ -126,6 +131,55 @@ def _commit() -> str:
     except OSError:
         return "unknown"  # no git on this machine
     return commit + "-dirty" * bool(changes) if commit else "unknown"
+
+
+def compiles(device: torch.device, steps: int) -> bool:
+    """Whether a run of so many steps is compiled; ``SIMMIM_COMPILE`` (0 or 1) overrules."""
+    if wish := os.environ.get("SIMMIM_COMPILE"):
+        one_of("SIMMIM_COMPILE", wish, ("0", "1"))
+        return wish == "1"
+    return device.type == "cuda" and steps >= COMPILE_STEPS
+
+
+def micro_batch() -> float:
+    """Images that go through the model at a time, at most: ``SIMMIM_MICRO_BATCH``; without it, all."""
+    wish = os.environ.get("SIMMIM_MICRO_BATCH", "inf")
+    require(wish == "inf" or (wish.isdecimal() and int(wish) > 0), "SIMMIM_MICRO_BATCH", wish, "a number above 0")
+    return float(wish)
+
+
+@contextmanager
+def determinism(wanted: bool):
+    """With ``wanted``, only operations that give the same numbers each time, at some cost in speed on a GPU."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it; see torch's notes
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def stop_signals():
+    """Yields a list that a first SIGINT or SIGTERM puts its name into; a second one interrupts at once."""
+    caught = []
+
+    def note(number, frame):
+        if caught:
+            raise KeyboardInterrupt("stopped by a second signal, without saving")
+        caught.append(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield caught  # signals reach the main thread only
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def interactive() -> bool:

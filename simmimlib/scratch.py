@@ -5,6 +5,7 @@ deleted when the run has finished. A file is written whole (temporary file, fsyn
 and the one before it is kept until it has been read back.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -13,10 +14,12 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from simmimlib.settings import project_root
+from simmimlib.data import Packed
+from simmimlib.settings import Settings, project_root
 
 MAGIC = b"simmimlib checkpoint 1\n"
 LOCK_SECONDS = 3  # a process whose parent was killed may need a moment to notice and end
@@ -93,6 +96,22 @@ class Scratch:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def identity(title: str, settings: Settings, packed: Packed, starts_from: str) -> dict:
+    """Everything a run's numbers follow from: only the very same run goes on from a rolling checkpoint."""
+    values = dataclasses.asdict(settings)
+    del values["skip_nonfinite"]  # so that a run can go on with it
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    if starts_from:
+        digest.update(Path(starts_from).read_bytes())
+    labels, images = packed.train.labels, packed.train.images
+    digest.update(np.ascontiguousarray(labels))
+    for i in np.linspace(0, len(images) - 1, 16).astype(int):
+        digest.update(np.ascontiguousarray(images[i]))
+    return {"loop": title, "settings": values, "torch": torch.__version__, "digest": digest.hexdigest()}
 
 
 def read(path: Path) -> bytes:

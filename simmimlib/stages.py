@@ -117,10 +117,10 @@ def dry_run(name: str) -> None:
     import numpy as np  # imported here, like the loops: the other stages run in a kernel of their own
     from PIL import Image
 
-    from simmimlib.data import DataSettings
     from simmimlib.finetune import FinetuneSettings, finetune
     from simmimlib.packing import pack
     from simmimlib.pretrain import PretrainSettings, pretrain
+    from simmimlib.sources import DataSettings
 
     params = load_yaml("profile", name)
     folder = SCRATCH / "dry-run" / name

@@ -7,12 +7,7 @@ the step; there is no gradient scaler, because bfloat16 needs none.
 """
 
 import contextlib
-import dataclasses
-import hashlib
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,19 +28,22 @@ from simmimlib.runtime import (
     Progress,
     autocast,
     check_writable,
+    compiles,
+    determinism,
+    micro_batch,
     provenance,
     rank,
+    stop_signals,
     sum_over_ranks,
     world_size,
     write_csv,
 )
-from simmimlib.scratch import Scratch
+from simmimlib.scratch import Scratch, identity
 from simmimlib.settings import Settings, one_of, require
 
 CHECK_STEPS = 20  # losses are fetched from the device, and looked at, every so many steps
 SAVE_SECONDS = 60.0  # the rolling checkpoint is written about so often,
 SAVE_SHARE = 0.01  # but saving takes no more than this share of the time
-COMPILE_STEPS = 2000  # on a GPU, runs of at least so many steps are compiled
 RESULTS = ("metrics.json", "model.safetensors", "confusion.csv", "log.csv")  # what a run writes into `out`
 LOG_COLUMNS = ["epoch", "loss", "grad_norm", "lr", "skipped"]
 STATE = ("step", "rows", "skipped", "losses", "norms", "checked")  # beside model and optimiser
@@ -406,68 +404,3 @@ class Training:
     def _say(self, message: str) -> None:
         if rank() == 0:
             print(f"{self.title}: {message}", flush=True)
-
-
-def compiles(device: torch.device, steps: int) -> bool:
-    """Whether a run of so many steps is compiled; ``SIMMIM_COMPILE`` (0 or 1) overrules."""
-    if wish := os.environ.get("SIMMIM_COMPILE"):
-        one_of("SIMMIM_COMPILE", wish, ("0", "1"))
-        return wish == "1"
-    return device.type == "cuda" and steps >= COMPILE_STEPS
-
-
-def micro_batch() -> float:
-    """Images that go through the model at a time, at most: ``SIMMIM_MICRO_BATCH``; without it, all."""
-    wish = os.environ.get("SIMMIM_MICRO_BATCH", "inf")
-    require(wish == "inf" or (wish.isdecimal() and int(wish) > 0), "SIMMIM_MICRO_BATCH", wish, "a number above 0")
-    return float(wish)
-
-
-def identity(title: str, settings: TrainSettings, packed: Packed, starts_from: str) -> dict:
-    """Everything a run's numbers follow from: only the very same run goes on from a rolling checkpoint."""
-    values = dataclasses.asdict(settings)
-    del values["skip_nonfinite"]  # so that a run can go on with it
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    if starts_from:
-        digest.update(Path(starts_from).read_bytes())
-    labels, images = packed.train.labels, packed.train.images
-    digest.update(np.ascontiguousarray(labels))
-    for i in np.linspace(0, len(images) - 1, 16).astype(int):
-        digest.update(np.ascontiguousarray(images[i]))
-    return {"loop": title, "settings": values, "torch": torch.__version__, "digest": digest.hexdigest()}
-
-
-@contextlib.contextmanager
-def determinism(wanted: bool):
-    """With ``wanted``, only operations that give the same numbers each time, at some cost in speed on a GPU."""
-    before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it; see torch's notes
-        torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Yields a list that a first SIGINT or SIGTERM puts its name into; a second one interrupts at once."""
-    caught = []
-
-    def note(number, frame):
-        if caught:
-            raise KeyboardInterrupt("stopped by a second signal, without saving")
-        caught.append(signal.Signals(number).name)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield caught  # signals reach the main thread only
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

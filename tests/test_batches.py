@@ -10,9 +10,10 @@ from PIL import Image
 
 from conftest import write_images
 from simmimlib.batches import training_batches, validation_batches
-from simmimlib.data import DataSettings, Split, open_packed
+from simmimlib.data import Split, open_packed
 from simmimlib.masking import MaskGenerator
 from simmimlib.packing import pack
+from simmimlib.sources import DataSettings
 
 CPU = torch.device("cpu")
 KINDS = {

@@ -15,8 +15,9 @@ from torchvision.transforms import RandomResizedCrop
 from conftest import write_images
 from simmimlib import packing
 from simmimlib.batches import ArrayImages, Batches, centre_boxes, crop, random_resized_boxes, to_pixels
-from simmimlib.data import DataSettings, labelled_subset, open_packed
+from simmimlib.data import labelled_subset, open_packed
 from simmimlib.packing import pack
+from simmimlib.sources import DataSettings
 
 CPU = torch.device("cpu")
 

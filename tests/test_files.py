@@ -12,10 +12,10 @@ from packaging.requirements import Requirement
 from ruamel.yaml import YAML
 
 from conftest import ROOT
-from simmimlib.data import DataSettings
 from simmimlib.finetune import FinetuneSettings
 from simmimlib.pretrain import PretrainSettings
 from simmimlib.settings import stage_parameters
+from simmimlib.sources import DataSettings
 from simmimlib.tables import TableSettings, load_arms
 from simmimlib.tour import TourSettings
 

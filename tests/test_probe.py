@@ -11,11 +11,12 @@ from conftest import TINY, write_images
 from simmimlib import probe
 from simmimlib.batches import validation_batches
 from simmimlib.checkpoints import export_timm, save_simmim
-from simmimlib.data import DataSettings, open_packed
+from simmimlib.data import open_packed
 from simmimlib.encoders import create_encoder
 from simmimlib.packing import pack
 from simmimlib.probe import ProbeSettings, cut_after, extract, fit_linear, knn, linear_probe, mean_tokens, weighted_vote
 from simmimlib.simmim import SimMIM
+from simmimlib.sources import DataSettings
 
 SWIN = {"embed_dim": 16, "depths": (1, 2, 1), "num_heads": (1, 2, 2), "window_size": 4}
 BEIT = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}

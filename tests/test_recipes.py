@@ -9,13 +9,13 @@ import yaml
 
 from conftest import ROOT, write_images
 from simmimlib.checkpoints import export_timm, load_simmim
-from simmimlib.data import DataSettings
 from simmimlib.encoders import create_encoder
 from simmimlib.finetune import FinetuneSettings
 from simmimlib.optim import create_optimizer, create_schedule, parameter_groups, scale_rate
 from simmimlib.packing import pack
 from simmimlib.pretrain import PretrainSettings, pretrain
 from simmimlib.settings import stage_parameters
+from simmimlib.sources import DataSettings
 from simmimlib.stages import dry_run
 
 ARMS = sorted(path.stem for path in (ROOT / "arms").glob("*.yaml") if path.stem != "scratch")

@@ -8,13 +8,13 @@ import torch
 
 from conftest import TINY, write_images
 from simmimlib.checkpoints import export_timm
-from simmimlib.data import DataSettings
 from simmimlib.encoders import create_encoder
 from simmimlib.finetune import FinetuneSettings, finetune
 from simmimlib.optim import layer_id, parameter_groups
 from simmimlib.packing import pack
 from simmimlib.pretrain import PretrainSettings, pretrain
-from simmimlib.training import compiles
+from simmimlib.runtime import compiles
+from simmimlib.sources import DataSettings
 
 SMALL_SWIN = {"patch_size": 2, "window_size": 4, "embed_dim": 24, "depths": (1, 1), "num_heads": (2, 4)}
 
