@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import yaml
 
 from simmimlib.runtime import whole_file, write_csv
@@ -25,6 +26,7 @@ from simmimlib.tables import load_runs
 
 HEADLINE = ("scratch", "default", "reconstruct_all")
 SEEDS = 3  # of the other arms, before any gets more
+PATIENCE = 60  # seconds that a run has for saving
 
 
 def running_order(params: dict) -> list[tuple[str, int]]:
@@ -69,6 +71,14 @@ class Run:
             return False
         return True
 
+    def finish(self) -> None:
+        """Waits for a process that was asked to stop; one that does not (its notebook was just starting) is killed."""
+        try:
+            self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+                process.kill()
+
     @property
     def minutes(self) -> float:
         return (time.monotonic() - self.start) / 60
@@ -92,8 +102,8 @@ def run(params: dict, minutes: float, jobs: int) -> None:
             for one in running:
                 one.process.send_signal(signal.SIGTERM)  # saves, and ends
             for one in running:
-                one.process.wait()
-            print(f"time is over; saved: {', '.join(f'{one.arm}-{one.seed}' for one in running)}", flush=True)
+                one.finish()
+            print(f"time is over; to go on with: {', '.join(f'{one.arm}-{one.seed}' for one in running)}", flush=True)
             break
         for one in [one for one in running if one.ended()]:
             running.remove(one)

@@ -71,8 +71,11 @@ def signals_to_the_kernel():
     import psutil  # imported here: comes with the notebooks' kernel
 
     def pass_on(number, frame):
-        for child in psutil.Process().children():
-            child.send_signal(signal.SIGINT)
+        kernels = psutil.Process().children()
+        if not kernels:
+            raise KeyboardInterrupt("stopped before the notebook was started")
+        for kernel in kernels:
+            kernel.send_signal(signal.SIGINT)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
