@@ -61,7 +61,8 @@ def run_notebook(notebook: str, parameters: dict, folder: Path) -> None:
             f"Start the stage again to go on from its last checkpoint. The notebook so far is {scratch}"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "parameters.json").write_text(json.dumps(parameters, indent=1) + "\n")
+    if "seed" in parameters:  # by which tables.py tells whether a run is the one it looks for
+        (folder / "parameters.json").write_text(json.dumps(parameters, indent=1) + "\n")
     shutil.move(scratch, folder / f"{notebook}.ipynb")
 
 

@@ -76,7 +76,7 @@ def load_runs(folder, profile: dict, arms: list[str]) -> pd.DataFrame:
     recorded = {}
     if (folder / "runs.csv").is_file():
         table = pd.read_csv(folder / "runs.csv", dtype={"settings": str}, keep_default_na=False, na_values=[""])
-        recorded = {(row["arm"], row["seed"], row["settings"]): row for row in table.to_dict("records")}
+        recorded = {(row["arm"], row["seed"], row.get("settings")): row for row in table.to_dict("records")}
     for arm in arms:
         for seed in profile["seeds"]:
             wanted = run_settings(profile, arm, seed)

@@ -118,6 +118,10 @@ def test_runs_of_several_machines_come_together(tmp_path, monkeypatch):
     more = load_runs(tmp_path, profile, arms)
     assert more["top1"].tolist() == [40.0, 50.0, 51.0] and more["changes"].tolist()[2] == "loss = l2"
 
+    # a table from before settings were recorded holds nothing that can be taken
+    runs.drop(columns="settings").to_csv(tmp_path / "runs.csv", index=False)
+    assert len(load_runs(tmp_path, profile, arms)) == 1
+
     # runs that were given other values are not of this profile
     profile["finetune"]["epochs"] += 1
     assert load_runs(tmp_path, profile, arms).empty
