@@ -413,6 +413,7 @@ def bench_deviation(rounds: int) -> list[dict]:
             packed = str(folder / "packed")
             pack(DataSettings(data="folder", path=str(folder), out=packed, **size))
         data = open_packed(packed)
+        rows.append({"what": f"training pictures: {data.name}", "value": len(data.train.images)})
         # the same 20,000 images, in turn, through both ways of drawing a crop
         sizes = torch.from_numpy(data.train.sizes[np.arange(20_000) % len(data.train.images)]).float()
         boxes = random_resized_boxes(sizes, 0.67, torch.Generator().manual_seed(0))
