@@ -68,7 +68,7 @@ def test_a_batch_that_cannot_be_shared(tmp_path, packed_folder, monkeypatch):
         pretrain(pretrain_settings(packed_folder, tmp_path / "run", batch_size=5))
 
 
-def test_two_processes_go_on_after_a_kill(tmp_path, packed_folder, monkeypatch):
+def test_two_processes_go_on_after_a_kill(tmp_path, packed_folder, monkeypatch, capfd):
     """Also with another number of processes: it is no part of a run's identity."""
     script = (
         "import json, os, sys\nfrom simmimlib import training\n"
@@ -86,8 +86,29 @@ def test_two_processes_go_on_after_a_kill(tmp_path, packed_folder, monkeypatch):
     assert done.returncode != 0
     monkeypatch.setenv("SIMMIM_PROCESSES", "2")
     assert pretrain(settings)["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-3)
-    log = pd.read_csv(tmp_path / "run/log.csv")
-    assert len(log) == 6
+    assert "going on after step 6 of 12" in capfd.readouterr().out
+    assert len(pd.read_csv(tmp_path / "run/log.csv")) == 6
+
+
+def test_two_processes_save_when_they_are_stopped(tmp_path, packed_folder):
+    settings = pretrain_settings(packed_folder, tmp_path / "run", epochs=500)
+    (tmp_path / "script.py").write_text(
+        "import json, sys\nfrom simmimlib.pretrain import PretrainSettings, pretrain\n"
+        "if __name__ == '__main__':\n    pretrain(PretrainSettings.from_values(json.loads(sys.argv[1])))\n"
+    )
+    command = [sys.executable, "script.py", json.dumps(vars(settings))]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": tmp_path}
+    environment = os.environ | {"SIMMIM_PROCESSES": "2"}
+    with subprocess.Popen(command, **options, env=environment) as process:
+        while "epoch 1/" not in process.stdout.readline():
+            pass
+        process.terminate()
+        process.communicate()
+    assert process.returncode != 0
+    done = subprocess.run(command, **options, env=environment)
+    assert done.returncode == 0, done.stdout
+    step = int(done.stdout.partition("going on after step ")[2].partition(" of 1000")[0])
+    assert 0 < step < 1000 and (tmp_path / "run/metrics.json").exists()
 
 
 def test_slurm_is_translated(monkeypatch, tmp_path):
