@@ -172,6 +172,8 @@ class LiveCurve:
     def __init__(self, **columns):
         """``columns``: log column -> axis label, one panel each."""
         self.columns, self.handle, self.drawn = columns, None, 0.0
+        if interactive():
+            self.draw([])  # its place is above the progress bar, which starts after this
 
     def __call__(self, rows: list[dict]) -> None:
         if interactive() and time.monotonic() - self.drawn > 1:
@@ -183,7 +185,7 @@ class LiveCurve:
         figure, axes = plt.subplots(1, len(self.columns), figsize=(5 * len(self.columns), 3), squeeze=False)
         for axis, (column, label) in zip(axes[0], self.columns.items(), strict=True):
             points = [(row["epoch"], row[column]) for row in rows if column in row]
-            axis.plot(*zip(*points, strict=True), marker="." if points else "")
+            axis.plot(*zip(*points, strict=True), marker=".")
             axis.set(xlabel="epoch", ylabel=label)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(alpha=0.3)
