@@ -77,6 +77,20 @@ def ratio(seconds: dict, slower: str, faster: str) -> float:
 # Steps --------------------------------------------------------------------------------------------------------------
 
 
+def stepper(model, optimizer, dtype: torch.dtype, loss):
+    """One step of either contestant; they differ in model and loss alone."""
+
+    def step():
+        with autocast(DEVICE, dtype):
+            value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def ours(model_name: str, batch: int, dtype: torch.dtype, compiled=False):
     arguments, changes, patch = MODELS[model_name]
     encoder = create_encoder(*arguments, **changes)
@@ -87,15 +101,7 @@ def ours(model_name: str, batch: int, dtype: torch.dtype, compiled=False):
     objective = torch.compile(objective) if compiled else objective
     images = torch.randn(batch, 3, arguments[1], arguments[1], device=DEVICE)
 
-    def step():
-        with autocast(DEVICE, dtype):
-            loss = objective(images, masks(batch, device=DEVICE))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return stepper(model, optimizer, dtype, lambda: objective(images, masks(batch, device=DEVICE)))
 
 
 def transformers_model(model_name: str, batch: int, dtype: torch.dtype):
@@ -117,15 +123,10 @@ def transformers_model(model_name: str, batch: int, dtype: torch.dtype):
     masks = MaskGenerator(size, patch, config.patch_size, 0.6)
     images = torch.randn(batch, 3, size, size, device=DEVICE)
 
-    def step():
-        with autocast(DEVICE, dtype):
-            loss = model(images, bool_masked_pos=masks(batch, device=DEVICE).flatten(1)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    def loss():
+        return model(images, bool_masked_pos=masks(batch, device=DEVICE).flatten(1)).loss
 
-    return step
+    return stepper(model, optimizer, dtype, loss)
 
 
 def matrix_rate(dtype: torch.dtype) -> float:
@@ -216,6 +217,12 @@ def photographs(folder: Path, count: int, size=(320, 256)) -> None:
             image.save(folder / split / "ab"[i % 2] / f"{i}.jpg", quality=90)
 
 
+def pack_photographs(folder: Path, count: int, size: int) -> None:
+    photographs(folder, count)
+    out = str(folder / "packed")
+    pack(DataSettings(data="folder", path=str(folder), size=size, channels=3, statistics="imagenet", out=out))
+
+
 def input_settings(folder: Path, **changes) -> PretrainSettings:
     """On a GPU the paper's geometry with Swin-T; on a CPU a small ViT, fast enough for the input to matter."""
     values = {"data": str(folder / "packed"), "image_size": 192, "mask_patch_size": 32, "mask_ratio": 0.6}
@@ -231,9 +238,7 @@ def bench_input(rounds: int) -> list[dict]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        photographs(folder, 2048 if GPU else 512)
-        size = {"size": 256, "channels": 3, "statistics": "imagenet"}
-        pack(DataSettings(data="folder", path=str(folder), out=str(folder / "packed"), **size))
+        pack_photographs(folder, 2048 if GPU else 512, 256)
         data = open_packed(str(folder / "packed"))
         contestants = {}
         for source in ("resident", "packed", "files") if GPU else ("packed", "files"):
@@ -370,9 +375,7 @@ def bench_gpu(rounds: int) -> list[dict]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        photographs(folder, 1024)
-        size = {"size": 256, "channels": 3, "statistics": "imagenet"}
-        pack(DataSettings(data="folder", path=str(folder), out=str(folder / "packed"), **size))
+        pack_photographs(folder, 1024, 256)
         for round_ in range(rounds):
             for deterministic in (False, True):
                 changes = {"epochs": 3, "deterministic": deterministic, "seed": round_}
@@ -408,10 +411,8 @@ def bench_deviation(rounds: int) -> list[dict]:
         folder = Path(folder)
         packed = ARGUMENTS.data
         if not packed:
-            photographs(folder, 512)
-            size = {"size": 224, "channels": 3, "statistics": "imagenet"}
+            pack_photographs(folder, 512, 224)
             packed = str(folder / "packed")
-            pack(DataSettings(data="folder", path=str(folder), out=packed, **size))
         data = open_packed(packed)
         rows.append({"what": f"training pictures: {data.name}", "value": len(data.train.images)})
         # the same 20,000 images, in turn, through both ways of drawing a crop

@@ -22,6 +22,7 @@ import yaml
 
 from simmimlib.runtime import whole_file, write_csv
 from simmimlib.settings import run_settings
+from simmimlib.stages import run_loop
 from simmimlib.tables import load_runs
 
 HEADLINE = ("scratch", "default", "reconstruct_all")
@@ -51,10 +52,9 @@ def record(params: dict) -> set[tuple[str, int]]:
 class Run:
     """The stages of one (arm, seed), one process after the other."""
 
-    def __init__(self, arm: str, seed: int):
+    def __init__(self, params: dict, arm: str, seed: int):
         self.arm, self.seed, self.start = arm, seed, time.monotonic()
-        self.stages = ["finetune"] if arm == "scratch" else ["pretrain", "finetune"]
-        self.process = None
+        self.stages = [stage for stage in run_settings(params, arm, seed) if stage != "data"]
         self.next_stage()
 
     def next_stage(self) -> None:
@@ -94,7 +94,7 @@ def run(params: dict, minutes: float, jobs: int) -> None:
     while todo or running:
         left = (deadline - time.monotonic()) / 60
         while todo and len(running) < jobs and longest.get(todo[0][0] == "scratch", 0) < left:
-            running.append(Run(*todo.pop(0)))
+            running.append(Run(params, *todo.pop(0)))
         if not running:
             break
         time.sleep(0.2)
@@ -120,26 +120,21 @@ def run(params: dict, minutes: float, jobs: int) -> None:
 
 def plan(params: dict) -> None:
     """Times one epoch of each arm's stages on this device; prints the plan and writes results/<profile>/plan.md."""
-    from simmimlib.finetune import FinetuneSettings, finetune  # imported here: `run` needs neither
-    from simmimlib.pretrain import PretrainSettings, pretrain
-
-    loops = {"pretrain": (PretrainSettings, pretrain), "finetune": (FinetuneSettings, finetune)}
     cost = {}
     for arm in ["scratch", *params["arms"]]:
         cost[arm] = 0.0
         for stage, values in run_settings(params, arm, 0).items():
             if stage == "data" or (stage == "finetune" and arm != "scratch"):
                 continue
-            settings, loop = loops[stage]
             short = {"epochs": 1, "warmup_epochs": 0, "out": f".scratch/plan/{arm}/{stage}"}
-            rate = loop(settings.from_values(values | short))
-            cost[arm] += values["epochs"] * rate["wall_seconds"] / 60
+            timed = run_loop(stage, values | short)
+            cost[arm] += values["epochs"] * timed["wall_seconds"] / 60
     rows, total = [], 0.0
     for arm, seed in running_order(params):
         own = cost[arm] + cost["scratch"] * (arm != "scratch")  # every arm is fine-tuned alike
         total += own
         rows.append(f"| {arm} | {seed} | {own:.1f} | {total:.0f} |")
-    device = f"{rate['device']}, {rate['precision']}, {rate['versions']}"
+    device = f"{timed['device']}, {timed['precision']}, {timed['versions']}"
     lines = [f"# Plan of {params['profile']}", "", f"{device}; from one epoch of each arm.", ""]
     lines += ["| arm | seed | minutes | minutes in all |", "|---|---|---|---|", *rows]
     with whole_file(f"results/{params['profile']}/plan.md") as temporary:

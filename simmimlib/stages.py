@@ -86,13 +86,14 @@ def signals_to_the_kernel():
             signal.signal(number, handler)
 
 
-def run_loop(stage: str, parameters: dict) -> None:
-    """What the notebook of a training stage calls, without the notebook."""
+def run_loop(stage: str, parameters: dict) -> dict:
+    """What the notebook of a training stage calls, without the notebook; returns the metrics."""
+    # imported here: the stages themselves run in a kernel of their own
     from simmimlib.finetune import FinetuneSettings, finetune
     from simmimlib.pretrain import PretrainSettings, pretrain
 
     settings, loop = {"pretrain": (PretrainSettings, pretrain), "finetune": (FinetuneSettings, finetune)}[stage]
-    loop(settings.from_values(parameters))
+    return loop(settings.from_values(parameters))
 
 
 def activate(name: str) -> None:
@@ -121,9 +122,7 @@ def dry_run(name: str) -> None:
     import numpy as np  # imported here, like the loops: the other stages run in a kernel of their own
     from PIL import Image
 
-    from simmimlib.finetune import FinetuneSettings, finetune
     from simmimlib.packing import pack
-    from simmimlib.pretrain import PretrainSettings, pretrain
     from simmimlib.sources import DataSettings
 
     params = load_yaml("profile", name)
@@ -137,12 +136,12 @@ def dry_run(name: str) -> None:
     packed = {"data": str(folder / "packed"), "batch_size": 2, "epochs": 1}
     size = {key: params["data"][key] for key in ("size", "channels", "statistics")}
     pack(DataSettings(data="folder", path=str(folder), out=packed["data"], **size))
-    for stage, settings, loop in (("pretrain", PretrainSettings, pretrain), ("finetune", FinetuneSettings, finetune)):
+    for stage in ("pretrain", "finetune"):
         _, values, _ = stage_parameters(stage, params, "default", 0)
         values |= {**packed, "out": str(folder / stage)}
         if stage == "finetune":
             values |= {"checkpoint": str(folder / "pretrain" / "model.safetensors"), "labels": 0}
-        metrics = loop(settings.from_values(values))
+        metrics = run_loop(stage, values)
         print(f"{name} {stage}: loss {metrics['loss']:.3f}, {metrics['images_per_second']:.2f} images/s")
     shutil.rmtree(folder)  # weights of full-size models, trained on noise
 
@@ -165,7 +164,8 @@ def main() -> None:
         params = yaml.safe_load(Path("params.yaml").read_text())
         notebook, parameters, folder = stage_parameters(arguments.stage, params, arguments.arm, arguments.seed)
         if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) > 0:
-            return run_loop(arguments.stage, parameters)
+            run_loop(arguments.stage, parameters)
+            return
         run_notebook(notebook, parameters, folder)
     except ValueError as error:
         sys.exit(str(error))

@@ -1,4 +1,4 @@
-"""Nothing is lost when a run dies, and what goes wrong is said (issue of every long training)."""
+"""Nothing is lost when a run dies, and what goes wrong is said."""
 
 import io
 import json
