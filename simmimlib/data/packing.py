@@ -1,0 +1,292 @@
+"""Packing (paper section 4): every image is decoded once, into the uint8 arrays that ``packed.py`` reads.
+
+It resumes where it was interrupted, names every unreadable file, and writes the packed folder whole or not at all.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from tqdm import tqdm
+
+from simmimlib.data.sources import DataSettings, find_images, read_image
+from simmimlib.machine.progress import interactive
+
+CHUNK = 1024  # images decoded between two marks of what is done: little is lost by a kill, little time by marking
+CHUNK_BYTES = 2**26  # fewer where images are large: two chunks are in memory at a time
+
+
+def pack(settings: DataSettings) -> dict:
+    """Decodes every image once and writes the packed folder ``settings.out``, whole or not at all.
+
+    Works in ``.<name>.partial`` beside that folder. It stays when packing is interrupted or stops at unreadable files,
+    and the next call resumes: images before the first file that is new, changed or mended are not decoded again.
+
+    Returns the manifest.
+
+    Raises:
+        ValueError: unreadable files (all are counted, ten named), or none is left to train on.
+        OSError: the disk has too little space.
+        RuntimeError: another process packs into the same folder.
+    """
+    out = Path(settings.out).resolve()  # so that a link to another disk stays one
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out.with_name(f".{out.name}.lock"), timeout=0):
+            return _pack(settings, out)
+    except Timeout as error:
+        raise RuntimeError(f"out = {settings.out!r}: another process is packing into this folder; wait for it") from error
+
+
+def _pack(settings: DataSettings, out: Path) -> dict:
+    source = find_images(settings)
+    train, val = source.train, source.val
+    if settings.holdout_per_class:
+        held = set(_first_of_each_class(train, settings.holdout_per_class))
+        val = [train[i] for i in sorted(held)]
+        train = [item for i, item in enumerate(train) if i not in held]
+    limits = {"train": (train, settings.train_per_class), "val": (val, settings.val_per_class)}
+    splits = {
+        name: [items[i] for i in _first_of_each_class(items, limit)] if limit else items
+        for name, (items, limit) in limits.items()
+    }
+    partial, old = (out.with_name(f".{out.name}.{kind}") for kind in ("partial", "old"))
+    _check_space(splits, partial, settings)
+    partial.mkdir(exist_ok=True)
+    done = {name: _decode_split(items, partial / name, settings) for name, items in splits.items()}
+    unreadable = {name: [line for chunk in done[name] for line in chunk["unreadable"]] for name in splits}
+    lines = unreadable["train"] + unreadable["val"]
+    if lines and settings.corrupt == "stop":
+        raise ValueError(
+            f"{len(lines)} of {len(splits['train']) + len(splits['val'])} files are unreadable; mend or remove "
+            'them, or leave them out with corrupt = "skip" (what is decoded is kept for the next run):\n  '
+            + _first(lines)
+        )
+    counts = {name: len(splits[name]) - len(unreadable[name]) for name in splits}
+    if not counts["train"]:
+        raise ValueError(f"none of the {len(splits['train'])} training images can be read:\n  {_first(lines)}")
+    if settings.statistics == "imagenet":
+        mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+    else:
+        mean, std = _statistics(done["train"], counts["train"] * settings.size**2)
+    manifest = {
+        "data": source.name,
+        "classes": source.classes,
+        **counts,
+        "unreadable": {name: len(unreadable[name]) for name in splits},
+        "size": settings.size,
+        "channels": settings.channels,
+        "mean": mean,
+        "std": std,
+        "digest": _digest(splits, done),
+        "settings": settings.identity(),
+    }
+    for name, items in splits.items():
+        _finish_split(items, partial / name, done[name], settings)
+    (partial / "unreadable.txt").write_bytes(os.fsencode("".join(f"{line}\n" for line in lines)))
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    for path in partial.iterdir():
+        with _update(path) as file:
+            os.fsync(file.fileno())
+    # Killed between these lines, the old folder and the new one are whole under one name or another. The logs of what
+    # is done go last, so that the next call then only does this again.
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.replace(old)
+    partial.replace(out)
+    for name in splits:
+        (out / f"{name}_done.jsonl").unlink()
+    shutil.rmtree(old, ignore_errors=True)
+    return manifest
+
+
+def _first_of_each_class(items: list, count: int) -> list[int]:
+    """Positions, in order, of the first ``count`` items of each class in a fixed shuffle."""
+    kept, seen = [], {}
+    for i in np.random.default_rng(0).permutation(len(items)).tolist():
+        label = items[i][1]
+        seen[label] = seen.get(label, 0) + 1
+        if seen[label] <= count:
+            kept.append(i)
+    return sorted(kept)
+
+
+def _first(lines: list[str]) -> str:
+    more = f" and {len(lines) - 10} more" if len(lines) > 10 else ""
+    return "\n  ".join(lines[:10]) + more
+
+
+def _check_space(splits: dict, partial: Path, settings: DataSettings) -> None:
+    needed = 0
+    for name, items in splits.items():
+        images = partial / f"{name}_images.npy"
+        there = images.stat().st_size if images.exists() else 0
+        image = settings.size**2 * settings.channels + 256  # for label, size, file name and log
+        needed += max(0, len(items) * image - there)
+    free = shutil.disk_usage(partial.parent).free
+    if needed > free:
+        raise OSError(
+            f"{partial.parent}: packing needs {needed / 1e9:.2f} GB more there, but only {free / 1e9:.2f} GB are free; "
+            "make space, or give `out` on another disk"
+        )
+
+
+def _update(path):
+    """A file opened to be read, changed and extended; made if it is missing."""
+    Path(path).touch()
+    return Path(path).open("r+b")
+
+
+def _write_header(file, shape: tuple) -> int:
+    """Starts a .npy file of uint8; returns the bytes this takes, which NumPy makes the same for any length."""
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return file.tell()
+
+
+def _decode_split(items: list, prefix: Path, settings: DataSettings) -> list[dict]:
+    """Appends the readable images to ``<prefix>_images.npy``, chunk by chunk, after those that are done already.
+
+    Written with plain writes, not through a memory map: this needs no memory, and a full disk is an error, not SIGBUS.
+
+    Returns for each chunk what its line in ``<prefix>_done.jsonl`` holds: "identity" of its items, "sizes" [n, 2]
+    (0 = unreadable), "sums" [2, C], the sum over all pixels of v and of v², "unreadable", a line for each such file,
+    "pixels", a hash of the rows.
+    """
+    shape = (settings.size, settings.size, settings.channels)
+    row = math.prod(shape)  # bytes
+    step = max(1, min(CHUNK, CHUNK_BYTES // row))
+    chunks = [[item for item, _ in items[i : i + step]] for i in range(0, len(items), step)]
+    pool = ThreadPoolExecutor(os.cpu_count())
+    with _update(f"{prefix}_images.npy") as images, _update(f"{prefix}_done.jsonl") as log:
+        there = os.fstat(images.fileno()).st_size
+        start = _write_header(images, (len(items), *shape))
+        done = _resume(log, chunks, (there - start) // row, settings)
+        images.seek(start + row * sum(np.count_nonzero(chunk["sizes"][:, 0]) for chunk in done))
+        whole = start + row * len(items)
+        if there < whole and hasattr(os, "posix_fallocate"):  # macOS has none
+            os.posix_fallocate(images.fileno(), 0, whole)
+        bar = tqdm(
+            total=len(items),
+            initial=sum(len(chunk["sizes"]) for chunk in done),
+            desc=f"pack {prefix.name}",
+            unit="img",
+            disable=not interactive(),
+        )
+        started = (
+            (_identity(chunk, settings), pool.map(lambda item: _decode(item, settings), chunk))
+            for chunk in chunks[len(done) :]
+        )
+        try:
+            # in pairs, so that the next chunk is being decoded while this one is written
+            for (identity, results), _ in pairwise(chain(started, [None])):
+                sums = np.zeros((2, *shape), dtype=np.uint32)  # 66,000 images would fit
+                sizes, unreadable, pixels = [], [], hashlib.blake2b(digest_size=16)
+                for image, size, reason in results:
+                    sizes.append(size)
+                    if reason:
+                        unreadable.append(reason)
+                    else:
+                        content = image.tobytes()
+                        images.write(content)
+                        pixels.update(content)
+                        sums += image, np.square(image, dtype=np.uint16)
+                    bar.update()
+                images.flush()
+                os.fsync(images.fileno())
+                sums = sums.reshape(2, -1, settings.channels).sum(1, dtype=np.int64).tolist()
+                chunk = {"identity": identity, "sizes": sizes, "sums": sums, "unreadable": unreadable}
+                chunk["pixels"] = pixels.hexdigest()
+                log.write(json.dumps(chunk).encode() + b"\n")
+                log.flush()
+                os.fsync(log.fileno())
+                done.append(chunk | {"sizes": np.array(sizes)})
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for what is queued
+            bar.close()
+    return done
+
+
+def _resume(log, chunks: list, rows: int, settings: DataSettings) -> list[dict]:
+    """The chunks of the log that still hold, of at most so many rows; the log is cut off behind them."""
+    done, length = [], 0
+    for line, items in zip(log, chunks, strict=False):
+        chunk = json.loads(line) if line.endswith(b"\n") else {}  # else: killed while writing it
+        if chunk.get("identity") != _identity(items, settings):
+            break
+        chunk["sizes"] = np.array(chunk["sizes"])
+        unreadable = np.flatnonzero(chunk["sizes"][:, 0] == 0)
+        rows -= len(items) - len(unreadable)
+        # a file may have become readable without a change of its own: a permission, a disk that is back
+        if rows < 0 or not all(_decode(items[i], settings)[2] for i in unreadable):
+            break
+        done.append(chunk)
+        length += len(line)
+    log.seek(length)
+    log.truncate()
+    os.fsync(log.fileno())  # before the first of the rows behind is written over
+    return done
+
+
+def _identity(items: list, settings: DataSettings) -> str:
+    """A hash of what the rows of these items depend on; files count by path, size and time of change."""
+    digest = hashlib.blake2b(f"{settings.size} {settings.channels}".encode(), digest_size=16)
+    for item in items:
+        if isinstance(item, np.ndarray):
+            digest.update(str(item.shape).encode() + item.tobytes())
+        else:
+            stat = Path(item).stat()
+            digest.update(f"{item!a} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def _decode(item, settings: DataSettings) -> tuple[np.ndarray | None, tuple[int, int], str]:
+    """An item as uint8 [size, size, C], its original width and height, and why it could not be read ("" = it could)."""
+    try:
+        image = read_image(item, settings.channels)
+        height, width, _ = image.shape
+        if (height, width) != (settings.size, settings.size):
+            bands = (Image.fromarray(band) for band in np.moveaxis(image, 2, 0))
+            resized = [band.resize((settings.size, settings.size), Image.Resampling.BICUBIC) for band in bands]
+            image = np.stack([np.asarray(band) for band in resized], axis=2)
+        return image, (width, height), ""
+    except Exception as error:  # damaged files make decoders raise all kinds: EOFError, struct.error, SyntaxError, ...
+        return None, (0, 0), f"{item}: {error}".replace("\n", " ")
+
+
+def _finish_split(items: list, prefix: Path, done: list[dict], settings: DataSettings) -> None:
+    """Cuts the images to those that were readable, and writes the small arrays."""
+    sizes = np.concatenate([np.zeros((0, 2)), *(chunk["sizes"] for chunk in done)]).astype(np.int32)
+    kept = np.flatnonzero(sizes[:, 0])
+    files = [b"" if isinstance(items[i][0], np.ndarray) else os.fsencode(items[i][0]) for i in kept]
+    np.save(f"{prefix}_sizes.npy", sizes[kept])
+    np.save(f"{prefix}_labels.npy", np.array([items[i][1] for i in kept], dtype=np.int64))
+    np.save(f"{prefix}_files.npy", np.array(files, dtype=np.bytes_))
+    shape = (len(kept), settings.size, settings.size, settings.channels)
+    with _update(f"{prefix}_images.npy") as images:
+        images.truncate(_write_header(images, shape) + math.prod(shape))
+
+
+def _digest(splits: dict, done: dict) -> str:
+    """Sixteen hexadecimal digits that follow from the labels and pixels of all images, in their order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, items in splits.items():
+        digest.update(f"{name} {[label for _, label in items]} {[chunk['pixels'] for chunk in done[name]]}".encode())
+    return digest.hexdigest()
+
+
+def _statistics(chunks: list[dict], pixels: int) -> tuple[list, list]:
+    """Mean and standard deviation of each channel, of pixels scaled to [0, 1]."""
+    total, squares = sum(np.array(chunk["sums"]) for chunk in chunks) / pixels
+    mean = total / 255
+    std = np.sqrt(np.maximum(squares / 255**2 - mean**2, 1e-12))
+    return [round(float(v), 6) for v in mean], [round(float(v), 6) for v in std]

@@ -1,0 +1,1 @@
+"""What came out: finished runs, statistics, tables, figures. Trains nothing."""

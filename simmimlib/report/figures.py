@@ -1,0 +1,262 @@
+"""Pictures: masks, reconstructions, curves, arms. Each function returns a matplotlib Figure. No training code."""
+
+import time
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.ticker import MaxNLocator
+
+from simmimlib.data.batches import to_pixels
+from simmimlib.machine.files import whole_file
+from simmimlib.machine.progress import interactive
+from simmimlib.model.avgdist import avg_dist
+from simmimlib.model.masking import MaskGenerator, upsample_mask
+
+HIDDEN = 0.5  # grey of hidden pixels
+
+
+def save(figure, path) -> None:
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, bbox_inches="tight")
+
+
+def image_grid(rows: dict, size=1.3, titles=None):
+    """Images in labelled rows: ``{label: [n, H, W, C] pixels in [0, 1]}``; the first three channels are shown."""
+    columns = max(len(images) for images in rows.values())
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(size * columns + 1.2, size * len(rows)), squeeze=False, layout="constrained"
+    )
+    for line, (label, images) in zip(axes, rows.items(), strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        for axis, image in zip(line, np.asarray(images), strict=False):
+            show(axis, image)
+        line[0].text(-0.08, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
+    for axis, title in zip(axes[0], titles or [], strict=False):
+        axis.set_title(title, fontsize=9)
+    return figure
+
+
+def show(axis, image) -> None:
+    """One image [H, W, C]: grey for one channel, else the first three."""
+    image = np.asarray(image)
+    axis.imshow(image[..., 0] if image.shape[-1] < 3 else image[..., :3], cmap="gray", vmin=0, vmax=1)
+    axis.set_axis_off()
+
+
+def hide(pixels, mask, patch_size: int):
+    """Pixels [n, H, W, C] with the masked ones in grey; mask [n, h, w]."""
+    hidden = upsample_mask(torch.as_tensor(mask), patch_size).permute(0, 2, 3, 1)
+    return torch.where(hidden, HIDDEN, torch.as_tensor(pixels))
+
+
+def paste(pixels, prediction, mask, patch_size: int):
+    """Predicted pixels where masked, original ones where visible; all [n, H, W, C]."""
+    hidden = upsample_mask(torch.as_tensor(mask), patch_size).permute(0, 2, 3, 1)
+    return torch.where(hidden, torch.as_tensor(prediction), torch.as_tensor(pixels))
+
+
+def reconstructions(images, mask, predictions: dict, patch_size: int, packed, whole=False):
+    """Original, masked, and each model's prediction pasted into the visible pixels, in rows.
+
+    Args:
+        images: normalised [n, C, H, W]; mask: [n, h, w].
+        predictions: label -> normalised prediction [n, C, H, W].
+        whole: also show each prediction by itself, unpasted.
+    """
+    original = to_pixels(images, packed)
+    rows = {"original": original, "masked": hide(original, mask, patch_size)}
+    for label, prediction in predictions.items():
+        pixels = to_pixels(prediction, packed)
+        if whole:
+            rows[f"{label}:\npredicted"] = pixels
+        rows[f"{label}:\npasted into visible" if whole else label] = paste(original, pixels, mask, patch_size)
+    return image_grid(rows)
+
+
+def maps(values, titles: list[str], label: str):
+    """Two-dimensional maps side by side on one colour scale."""
+    values = [np.asarray(v) for v in values]
+    low, high = min(v.min() for v in values), max(v.max() for v in values)
+    figure, axes = plt.subplots(1, len(values), figsize=(3.2 * len(values) + 1, 3), layout="constrained")
+    for axis, value, title in zip(axes, values, titles, strict=True):
+        picture = axis.imshow(value, vmin=low, vmax=high)
+        axis.set(title=title, xticks=[], yticks=[])
+    figure.colorbar(picture, ax=axes, label=label)
+    return figure
+
+
+def curves(logs: dict, y: str, ylabel: str, title="", normalise=False):
+    """One line an arm over epochs, the mean over its logs (one data frame a seed), with their range shaded.
+
+    ``normalise`` divides each log by its first value: arms with different losses have no common scale.
+    """
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for label, frames in logs.items():
+        frames = [frame.dropna(subset=[y]) for frame in frames]
+        values = np.stack([frame[y] / frame[y].iloc[0] if normalise else frame[y] for frame in frames])
+        epochs = frames[0]["epoch"]
+        (line,) = axis.plot(epochs, values.mean(0), label=label, marker="o" if len(epochs) < 30 else "", markersize=3)
+        axis.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.15)
+    axis.set(xlabel="epoch", ylabel=ylabel, title=title)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.3)
+    if len(logs) > 1:
+        axis.legend(fontsize=8)
+    return figure
+
+
+def arms_beside_paper(table, title=""):
+    """Every arm's mean with its interval over the default's, the paper's numbers in a second panel."""
+    figure, (ours, paper) = plt.subplots(
+        1, 2, figsize=(10, 0.32 * len(table) + 1.6), sharey=True, layout="constrained", width_ratios=(3, 2)
+    )
+    place = np.arange(len(table))[::-1]
+    colours = ["tab:blue" if arm == "default" else "tab:gray" for arm in table["arm"]]
+    for y, row, colour in zip(place, table.to_dict("records"), colours, strict=True):
+        error = np.nan_to_num([[row["mean"] - row["low"]], [row["high"] - row["mean"]]])
+        ours.errorbar(row["mean"], y, xerr=error, fmt="o", color=colour, capsize=3)
+        if row["paper"] is None or np.isnan(row["paper"]):
+            continue
+        paper.plot(row["paper"], y, "o", color=colour)
+        paper.annotate(f"{row['paper']:.1f}", (row["paper"], y), (6, 0), textcoords="offset points", va="center", fontsize=8)
+    default = table[table["arm"] == "default"].iloc[0]
+    ours.axvline(default["mean"], color="tab:blue", linewidth=0.8, alpha=0.6)
+    paper.axvline(default["paper"], color="tab:blue", linewidth=0.8, alpha=0.6)
+    ours.set_yticks(place, [f"{row.label}  (n = {row.seeds})" for row in table.itertuples()], fontsize=8)
+    ours.set(xlabel="our top-1, % (mean of n seeds, 95 % interval)", title=title)
+    paper.set(xlabel="ImageNet-1K top-1, %", title="paper")
+    paper.margins(x=0.15)
+    for axis in (ours, paper):
+        axis.grid(axis="x", alpha=0.3)
+    return figure
+
+
+MASK_QUESTIONS = ("default", "ratio", "patch", "strategy")  # whose arms differ from the default by their masks only
+
+
+def paper_avg_dist(arms: dict, size=192, patch=32, samples=64):
+    """AvgDist, as a share of the image's side, and the paper's top-1 of its mask arms: [(question, share, top1), ...]."""
+    found = []
+    for arm in arms.values():
+        if arm["question"] not in MASK_QUESTIONS or arm["paper"] is None:
+            continue
+        changes = {"mask_ratio": 0.6, "mask_strategy": "random", **arm["pretrain"]}
+        side = round(patch * changes.get("scale", {}).get("mask_patch_size", 1))
+        masks = MaskGenerator(size, side, 4, changes["mask_ratio"], changes["mask_strategy"])
+        distance = avg_dist(masks(samples, torch.Generator().manual_seed(0)), 4).mean().item()
+        found.append((arm["question"], distance / size, arm["paper"]))
+    return found
+
+
+def accuracy_over_avg_dist(table, image_size: int, arms: dict):
+    """Top-1 over AvgDist as a share of the image's side, ours beside the paper's; one point a mask arm."""
+    masks = table[table["question"].isin(MASK_QUESTIONS)]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharex=True, layout="constrained")
+    points = paper_avg_dist(arms)
+    for question in MASK_QUESTIONS:
+        group = masks[masks["question"] == question]
+        if len(group):
+            error = np.nan_to_num(np.stack([group["mean"] - group["low"], group["high"] - group["mean"]]))
+            share = 100 * group["pretrain_avg_dist"] / image_size
+            axes[0].errorbar(share, group["mean"], yerr=error, fmt="o", capsize=2, label=question)
+        of_paper = np.array([(x, y) for name, x, y in points if name == question])
+        axes[1].plot(100 * of_paper[:, 0], of_paper[:, 1], "o", label=question)
+    for axis, title in zip(axes, ("ours", "paper (AvgDist measured by this library)"), strict=True):
+        # the paper's best masks have an AvgDist of 10 to 20 pixels at 192
+        axis.axvspan(1000 / 192, 2000 / 192, color="tab:green", alpha=0.12, label="paper's best range")
+        axis.set(xlabel="AvgDist of the masks, % of the image's side", ylabel="fine-tuning top-1, %", title=title)
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=8)
+    return figure
+
+
+def accuracy_over_images_seen(table):
+    """Fine-tuning, linear probe and k-NN over the images seen in pre-training; arms that differ in length only."""
+    arms = table[table["question"].isin(["default", "pretraining", "length"])].sort_values("pretrain_images_seen")
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    seen = arms["pretrain_images_seen"] / 1000
+    error = np.nan_to_num(np.stack([arms["mean"] - arms["low"], arms["high"] - arms["mean"]]))
+    axis.errorbar(seen, arms["mean"], yerr=error, fmt="o-", capsize=3, label="fine-tuning (95 % interval)")
+    for name, label in (("probe_linear", "linear probe"), ("probe_knn", "k-NN")):
+        axis.plot(seen, arms[name], "o--", label=label)
+    axis.set(xlabel="images seen in pre-training, thousands", ylabel="top-1, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def accuracy_over_blocks(logs: dict):
+    """Linear probe and k-NN over the encoder's blocks, 0 = its own output; label -> ``blocks.csv`` of each seed.
+
+    Means over seeds, with their range shaded; raw pixels, where they were probed, as a dashed line.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, (probe, title) in zip(axes, {"linear": "linear probe", "knn": "k-NN"}.items(), strict=True):
+        for label, frames in logs.items():
+            values = pd.concat([frame.set_index("block")[probe] for frame in frames], axis=1)
+            if -1 in values.index:
+                floor = values.loc[-1].mean()
+                axis.axhline(floor, color="k", linestyle="--", linewidth=1, label=f"raw pixels, {floor:.1f}")
+            values = values.drop(index=-1, errors="ignore")
+            values = values.loc[[*sorted(block for block in values.index if block > 0), 0]]  # the own output is the last
+            place = range(len(values))
+            (line,) = axis.plot(place, values.mean(axis=1), "o-", markersize=4, label=label)
+            axis.fill_between(place, values.min(axis=1), values.max(axis=1), color=line.get_color(), alpha=0.15)
+            axis.set_xticks(place, [f"{block}" if block else "output" for block in values.index])
+        axis.set(xlabel="block", ylabel="top-1, %", title=title)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def confusion(counts, classes):
+    """Confusion matrix of counts [true, predicted], as shares of each true class in percent."""
+    counts = np.asarray(counts)
+    share = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+    size = 0.45 * len(classes) + 2.2
+    figure, axis = plt.subplots(figsize=(size + 0.8, size), layout="constrained")
+    picture = axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    axis.set_xticks(range(len(classes)), classes, rotation=90)
+    axis.set_yticks(range(len(classes)), classes)
+    axis.set(xlabel="predicted class", ylabel="true class")
+    if len(classes) <= 20:
+        for (i, j), value in np.ndenumerate(share):
+            if value >= 0.5:
+                axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color="w" if value > 60 else "k")
+    figure.colorbar(picture, label="share of the true class, %", shrink=0.8)
+    return figure
+
+
+class LiveCurve:
+    """Redraws a curve in an open notebook while a loop runs: pass it as ``on_epoch``. At most one drawing a second."""
+
+    def __init__(self, **columns):
+        """``columns``: log column -> axis label, one panel each."""
+        self.columns, self.handle, self.drawn = columns, None, 0.0
+        if interactive():
+            self.draw([])  # its place is above the progress bar, which starts after this
+
+    def __call__(self, rows: list[dict]) -> None:
+        if interactive() and time.monotonic() - self.drawn > 1:
+            self.draw(rows)
+
+    def draw(self, rows: list[dict]) -> None:
+        from IPython.display import display  # imported here: the library works without IPython
+
+        figure, axes = plt.subplots(1, len(self.columns), figsize=(5 * len(self.columns), 3), squeeze=False)
+        for axis, (column, label) in zip(axes[0], self.columns.items(), strict=True):
+            points = [(row["epoch"], row[column]) for row in rows if column in row]
+            axis.plot(*zip(*points, strict=True), marker=".")
+            axis.set(xlabel="epoch", ylabel=label)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.grid(alpha=0.3)
+        figure.tight_layout()
+        if self.handle is None:
+            self.handle = display(figure, display_id=True)
+        else:
+            self.handle.update(figure)
+        plt.close(figure)
+        self.drawn = time.monotonic()

@@ -1,0 +1,90 @@
+"""Statistics over seeds: intervals, paired differences to the default, verdicts beside the paper's. No torch.
+
+Intervals are Student-t intervals over seeds; differences are paired by seed, which removes what the arms of one seed
+share (initial weights, labelled images, order). Where a question has several arms, the intervals of its differences,
+and with them its verdicts, hold jointly: each is at the level 1 - 0.05 / arms (Bonferroni).
+"""
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+# Differences below half a point count as "no difference": the largest that the paper itself calls none is 0.4.
+MARGIN = 0.5
+LEVEL = 0.95
+PAIRED = ("data_digest", "device", "precision", "versions", "code")  # what the two runs of a pair should have in common
+UNDECIDED = "undecided at this scale"
+
+
+def interval(values, level: float = LEVEL) -> tuple[float, float, float]:
+    """Mean and its Student-t interval; the interval is not a number for fewer than two values."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()) if len(values) else np.nan, np.nan, np.nan
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return values.mean(), values.mean() - half, values.mean() + half
+
+
+def verdict(low: float, high: float, paper_difference: float) -> str:
+    """Do our numbers say what the paper says? ``low``, ``high``: interval of our difference to the default.
+
+    Where the paper sees no difference (below the margin), we agree if our whole interval lies within the margin and
+    disagree if it lies outside. Where it sees one, we agree if our interval excludes zero on the paper's side, and
+    disagree if it excludes zero on the other side or lies within the margin. Anything else is undecided.
+    """
+    if np.isnan(paper_difference):
+        return "not in the paper"
+    if np.isnan(low):
+        return UNDECIDED
+    within = low > -MARGIN and high < MARGIN
+    if abs(paper_difference) < MARGIN:
+        agrees, disagrees = within, low > MARGIN or high < -MARGIN
+    else:
+        agrees = low > 0 if paper_difference > 0 else high < 0
+        disagrees = within or (high < 0 if paper_difference > 0 else low > 0)
+    return "agrees" if agrees else "disagrees" if disagrees else UNDECIDED
+
+
+def compare(runs: pd.DataFrame, arms: dict[str, dict], metric: str = "top1") -> pd.DataFrame:
+    """The table of arms, those with finished runs, in the order of ``arms``.
+
+    Columns: arm, question, heading, label, paper; seeds, mean, low, high; pairs, difference, difference_low,
+    difference_high (joint over the question's arms), level; paper_difference, verdict; mixed (of how many pairs the two
+    runs differ in device, precision, versions, code or images); means of the other numbers of the runs.
+
+    Args:
+        arms: ``pipeline.arms.load_arms()``.
+        metric: the column of ``runs`` that is compared, in percent.
+
+    Raises:
+        ValueError: no run of the default arm is there.
+    """
+    if "default" not in set(runs.get("arm", [])):
+        raise ValueError("there is no finished run of the default arm, which all others are compared with")
+    of_arm = {arm: group.set_index("seed") for arm, group in runs.groupby("arm")}
+    present = [arm for arm in arms if arm in of_arm]
+    questions = pd.Series({arm: arms[arm]["question"] for arm in present}).value_counts()
+    default, rows = of_arm["default"], []
+    for arm in present:
+        group, about = of_arm[arm], {key: arms[arm][key] for key in ("question", "heading", "label", "paper")}
+        mean, low, high = interval(group[metric].dropna())
+        row = {"arm": arm, **about, "seeds": int(group[metric].count()), "mean": mean, "low": low, "high": high}
+        if arm != "default":
+            level = 1 - (1 - LEVEL) / questions[about["question"]]
+            row |= paired(group, default, metric, level)
+            paper, base = about["paper"], arms["default"]["paper"]
+            row["paper_difference"] = np.nan if paper is None else paper - base
+            row["verdict"] = verdict(row["difference_low"], row["difference_high"], row["paper_difference"])
+        others = group.select_dtypes("number").drop(columns=metric, errors="ignore").mean()
+        rows.append(row | {name: value for name, value in others.items() if name not in row})
+    return pd.DataFrame(rows)
+
+
+def paired(group: pd.DataFrame, default: pd.DataFrame, metric: str, level: float) -> dict:
+    """Difference to the default over the seeds that both have."""
+    seeds = group.index[group[metric].notna()].intersection(default.index[default[metric].notna()])
+    difference, low, high = interval(group.loc[seeds, metric] - default.loc[seeds, metric], level)
+    origin = [name for name in PAIRED if name in group and name in default]
+    mixed = (group.loc[seeds, origin] != default.loc[seeds, origin]).any(axis=1).sum() if origin else 0
+    row = {"pairs": len(seeds), "difference": difference, "difference_low": low, "difference_high": high}
+    return row | {"level": level, "mixed": int(mixed)}

@@ -1,0 +1,116 @@
+"""Tables: every arm against the default, ours beside the paper's, as Markdown and CSV. No training code, no torch."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from simmimlib.machine.files import write_csv, write_json, write_text
+from simmimlib.report.statistics import MARGIN
+from simmimlib.settings import Settings, require, setting
+
+
+@dataclass
+class TableSettings(Settings):
+    """Settings of ``notebooks/04_ablations.ipynb``; the profile is the active one, ``params.yaml``."""
+
+    images: int = setting(8, "pictures in the reconstruction figure")
+    out: str = setting("", "folder of runs/, tables, figures; empty means results/ and the profile")
+
+    def check(self) -> None:
+        require(self.images > 0, "images", self.images, "1 or more")
+
+
+def origin_of(runs: pd.DataFrame) -> list[str]:
+    """Where all runs come from, a line for each combination of device, precision, versions, commit and data."""
+    names = [name for name in ("data", "device", "precision", "versions", "commit", "code") if name in runs]
+    lines = []
+    for values, group in runs.fillna("?").groupby(names, sort=False):
+        said = dict(zip(names, values, strict=True))
+        said |= {name: f"{name} {said[name]}" for name in ("commit", "code") if name in said}
+        lines.append(f"- {len(group)} runs: {', '.join(map(str, said.values()))}")
+    return lines
+
+
+def to_markdown(
+    table: pd.DataFrame, profile: str, runs: pd.DataFrame, left_out: list[str], pictures: dict[str, list[str]]
+) -> str:
+    """One small table per question, each beginning with the default and followed by its pictures.
+
+    Args:
+        left_out: a line for each run that is there but does not count.
+        pictures: of each question, "" for those of all arms, paths relative to the table's own folder.
+    """
+    labelled = ", ".join(str(int(n)) for n in sorted(set(runs["labelled_images"])))
+    lines = [f"# Ablations, profile {profile}", ""]
+    lines += [
+        f"Top-1 on the validation images in percent, after the last epoch of fine-tuning on {labelled} labelled images; "
+        f"beside it the best of the validated epochs, and the linear probe and k-NN of the frozen encoder's output. "
+        f"Repeat with `make repro PROFILE={profile}`.",
+        "",
+        "Intervals of means are 95 % Student-t over seeds. Differences to the default are paired by seed; where a "
+        "question has several arms, their intervals and verdicts hold jointly (Bonferroni over its arms). The paper's "
+        "numbers are ImageNet-1K, Swin-B, 100 epochs. Verdicts compare differences, not levels: gaps under "
+        f"{MARGIN} points count as none.",
+        "",
+        *origin_of(runs),
+        "",
+    ]
+    if table.get("mixed", pd.Series([0])).fillna(0).any():
+        lines += ["† the runs of some pairs differ in device, precision, versions, code or images.", ""]
+    if left_out:
+        lines += ["Not in the tables:", "", *(f"- {line}" for line in left_out), ""]
+    floor = runs.get("probe_knn_pixels", pd.Series(dtype=float)).dropna()
+    if len(floor):
+        linear = runs["probe_linear_pixels"].dropna()
+        lines += [f"Raw pixels: linear probe {linear.mean():.1f}, k-NN {floor.mean():.1f}.", ""]
+    lines += _shown(pictures.get("", []))
+    default = table[table["arm"] == "default"]
+    for question in dict.fromkeys(table["question"]):
+        arms = table[table["question"] == question]
+        if question == "default":
+            continue
+        lines += [
+            f"## {arms['heading'].iloc[0]}",
+            "",
+            "| arm | seeds | top-1 (95 % interval) | best | linear | k-NN | difference to default (joint 95 % interval) "
+            "| paper | paper's difference | verdict |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [_markdown_row(row) for row in pd.concat([default, arms]).to_dict("records")] + [""]
+        lines += _shown(pictures.get(question, []))
+    return "\n".join(lines)
+
+
+def _shown(paths: list[str]) -> list[str]:
+    return [line for path in paths for line in (f"![{re.sub('[-_]', ' ', Path(path).stem)}]({path})", "")]
+
+
+def _markdown_row(row: dict) -> str:
+    def number(name: str, form: str = ".1f") -> str:
+        value = row.get(name, np.nan)
+        return "–" if value is None or pd.isna(value) else format(value, form)
+
+    ours = f"{number('mean')} ({number('low')} to {number('high')})" if row["seeds"] > 1 else number("mean")
+    cells = [row["label"], row["seeds"], ours, number("top1_best"), number("probe_linear"), number("probe_knn")]
+    if row["arm"] == "default":
+        cells += ["–", number("paper"), "–", "–"]
+    else:
+        between = f" ({number('difference_low', '+.1f')} to {number('difference_high', '+.1f')})" if row["pairs"] > 1 else ""
+        mark = " †" if row["mixed"] else ""
+        cells += [number("difference", "+.1f") + between + mark, number("paper"), number("paper_difference", "+.1f")]
+        cells += [row["verdict"]]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def write_tables(folder: str | Path, runs: pd.DataFrame, table: pd.DataFrame, markdown: str) -> None:
+    """Writes ``runs.csv``, ``ablations.csv``, ``ablations.md`` and, for ``dvc metrics show``, ``summary.json``."""
+    folder = Path(folder)
+    write_csv(folder / "runs.csv", runs)
+    write_csv(folder / "ablations.csv", table.round(4))
+    write_text(folder / "ablations.md", markdown)
+    keys = [key for key in ("mean", "low", "high", "difference", "verdict") if key in table]
+    write_json(folder / "summary.json", json.loads(table.set_index("arm")[keys].round(2).to_json(orient="index")))
