@@ -1,31 +1,41 @@
-# make repro [PROFILE=name] | test | lab | lint | format | bench. Each target sets up .venv by itself.
 PYTHON ?= python3
 PROFILE ?=
 READY := .venv/.ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: repro test lab lint format bench
+.DEFAULT_GOAL := help
+.PHONY: help repro test test-fast lab lint format bench
 
-repro: $(READY)
-	$(if $(PROFILE),python -m simmimlib.stages activate $(PROFILE))
+help: # list the targets
+	@echo "Each target sets up .venv by itself (about 6 GB, some minutes)."
+	@sed -n 's/^\([a-z-]*\):.*# /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+repro: $(READY) # train what the active profile lacks, tables and figures; PROFILE=name makes another one active
+	python -m simmimlib.pipeline.stages $(if $(PROFILE),activate $(PROFILE),refresh)
+	python -m simmimlib.pipeline.campaign repro
 	dvc repro
 
-test: $(READY)
+test: $(READY) # all tests
 	python -m pytest
 
-lab: $(READY)
+test-fast: $(READY) # the tests that take seconds: two minutes in all
+	python -m pytest -m "not slow"
+
+lab: $(READY) # JupyterLab, at the tour
 	jupyter lab notebooks/00_tour.ipynb
 
-lint: $(READY)
+lint: $(READY) # style and types
 	ruff check .
 	ruff format --check .
+	mypy
 
-bench: $(READY)
-	python bench.py
-
-format: $(READY)
+format: $(READY) # mend the style; write the notebooks' parameters cells from the settings
+	python -m simmimlib.notebook
 	ruff check --fix .
 	ruff format .
+
+bench: $(READY) # measure speed, with nothing else running
+	python bench.py
 
 $(READY): requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python 3.11, 3.12 or 3.13 is needed, $(PYTHON) is {v.major}.{v.minor}: make PYTHON=/path/to/python ...")'

@@ -29,15 +29,15 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from simmimlib import MaskGenerator, SimMIM, create_encoder
-from simmimlib.batches import random_resized_boxes, training_batches
-from simmimlib.data import open_packed
-from simmimlib.optim import create_optimizer, parameter_groups
-from simmimlib.packing import pack
-from simmimlib.pretrain import PretrainSettings, pretrain
-from simmimlib.runtime import autocast, pick_device, resolve_precision, whole_file
-from simmimlib.sources import DataSettings
-from simmimlib.training import Objective
+from simmimlib import DataSettings, MaskGenerator, PretrainSettings, SimMIM, create_encoder, pretrain
+from simmimlib.data.batches import training_batches
+from simmimlib.data.crops import random_resized_boxes
+from simmimlib.data.packed import open_packed
+from simmimlib.data.packing import pack
+from simmimlib.machine.device import autocast, pick_device, resolve_precision
+from simmimlib.machine.files import whole_file
+from simmimlib.train.optim import create_optimizer, parameter_groups
+from simmimlib.train.run import Objective
 
 DEVICE = pick_device()
 GPU = DEVICE.type == "cuda"
@@ -315,6 +315,7 @@ def write_noise(folder: Path, count: int) -> None:
         for start in range(0, count, 1000):
             images[start : start + 1000] = np.random.default_rng(start).integers(0, 255, (1000, 64, 64, 3))
     manifest = {"data": "noise", "classes": ["a"], "size": 64, "channels": 3, "mean": [0.5] * 3, "std": [0.3] * 3}
+    manifest["digest"] = ""  # nothing here resumes or compares
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -348,7 +349,7 @@ def bench_start(rounds: int) -> list[dict]:
         "python -c 'import torch, timm'": [sys.executable, "-c", "import torch, timm"],
         "python -c 'import simmimlib'": [sys.executable, "-c", "import simmimlib"],
         "python -c 'from simmimlib import SimMIM'": [sys.executable, "-c", "from simmimlib import SimMIM"],
-        "python -c 'import simmimlib.pretrain'": [sys.executable, "-c", "import simmimlib.pretrain"],
+        "python -c 'import simmimlib.train.pretrain'": [sys.executable, "-c", "import simmimlib.train.pretrain"],
     }
     dvc = shutil.which("dvc", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if dvc and subprocess.run([dvc, "status", "-q"], capture_output=True).returncode == 0:
@@ -383,7 +384,7 @@ def bench_gpu(rounds: int) -> list[dict]:
                 rows.append({"run": f"deterministic = {deterministic}", "images/s": metrics["images_per_second"]})
         # a small model: 110,000 parameters on digits, as in the quick profile
         for together in (1, 2, 4, 8):
-            command = "from simmimlib.pretrain import *; import sys; n = int(sys.argv[1])\n"
+            command = "from simmimlib import PretrainSettings, pretrain; import sys; n = int(sys.argv[1])\n"
             command += "pretrain(PretrainSettings(epochs=20, batch_size=128, seed=n, out=sys.argv[2]))"
             arguments = [[sys.executable, "-c", command, str(i), str(folder / f"run{i}")] for i in range(together)]
             processes = [subprocess.Popen(one, stdout=subprocess.DEVNULL) for one in arguments]

@@ -47,10 +47,10 @@ _HOME = {
     "probe_blocks": "train.probe",
     "save_timm": "model.weights",
 }
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'simmimlib' has no attribute {name!r}")
     return getattr(import_module(f"simmimlib.{_HOME[name]}"), name)

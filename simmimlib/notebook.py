@@ -42,7 +42,11 @@ def from_notebook(settings: type[S], namespace: dict) -> S:
     os.chdir(project_root())
     cells = list(_assignments(namespace["In"]))
     # the notebook's own cell is the last that assigns most of the names; papermill's follows it
-    own = [i for i, (_, values) in enumerate(cells) if 2 * len(values.keys() & set(settings.names())) > len(settings.names())]
+    own = [
+        i
+        for i, (_, values) in enumerate(cells)
+        if 2 * len(values.keys() & set(settings.names())) > len(settings.names())
+    ]
     if not own:
         raise ValueError("no parameters cell has been run: run the notebook from its first cell")
     found: dict[str, ast.expr] = cells[own[-1]][1]
@@ -68,7 +72,7 @@ def _assignments(cells: list[str]) -> Iterator[tuple[str, dict[str, ast.expr]]]:
         yield source, values
 
 
-def _value(node: ast.expr, now):
+def _value(node: ast.expr, now: object) -> object:
     """What the cell says; a later cell may have used the name for something else. ``now`` where it is no literal."""
     try:
         return ast.literal_eval(node)
@@ -77,9 +81,9 @@ def _value(node: ast.expr, now):
 
 
 def parameters_cell(settings: type[Settings]) -> str:
-    """Source of the parameters cell: a line for each setting, explained, at most ``WIDTH`` columns where that is possible.
+    """Source of the parameters cell: a line for each setting, explained; a dict that is too wide over several lines.
 
-    papermill reads the explanation off the last line of an assignment, so long ones stand in brackets over two lines.
+    papermill reads the explanation off the last line of an assignment.
     """
     defaults, lines = settings(), [FIRST]
     for name in settings.names():
@@ -90,8 +94,6 @@ def parameters_cell(settings: type[Settings]) -> str:
         if len(line) > WIDTH and isinstance(value, dict):
             inner = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
             line = f"{start}{{\n{inner},\n}}  # {about}"
-        elif len(line) > WIDTH:
-            line = f"{start}(\n    {text}\n)  # {about}"
         lines.append(line)
     return "\n".join(lines)
 

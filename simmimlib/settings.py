@@ -1,12 +1,13 @@
 """Settings that check and explain themselves: a wrong value stops at once with its name, its value and what is allowed.
 
 Each setting is explained once, beside its field: ``epochs: int = setting(12, "passes over the training images")``.
-``help()`` of the class lists these texts, and the notebooks' parameters cells are generated from them (``notebook.py``).
+``help()`` of the class lists these texts, and the notebooks' parameters cells come from them (``notebook.py``).
 """
 
 import copy
 import dataclasses
 import difflib
+from collections.abc import Collection
 from dataclasses import field
 from typing import Any, ClassVar, Self
 
@@ -23,17 +24,27 @@ class Settings:
 
     about: ClassVar[dict[str, str]] = {}  # name -> explanation
 
-    def __init_subclass__(cls):
-        fields = {name: cls.__dict__[name] for name in cls.__dict__.get("__annotations__", {}) if name in cls.__dict__}
+    def __init_subclass__(cls) -> None:
+        fields = {
+            name: cls.__dict__[name]
+            for name in cls.__dict__.get("__annotations__", {})  # noqa: RUF063
+            if name in cls.__dict__
+        }
         texts = {name: f.metadata.get("about", "") for name, f in fields.items() if isinstance(f, dataclasses.Field)}
-        inherited = {name: text for base in reversed(cls.__mro__[1:]) for name, text in vars(base).get("about", {}).items()}
+        inherited = {
+            name: text for base in reversed(cls.__mro__[1:]) for name, text in vars(base).get("about", {}).items()
+        }
         cls.about = inherited | {name: text for name, text in texts.items() if text}
         lines = "\n".join(f"    {name}: {text}" for name, text in cls.about.items())
         cls.__doc__ = f"{cls.__doc__}\n\nSettings:\n{lines}"
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            setattr(self, field.name, _as_type(field.name, getattr(self, field.name), field.type))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # noqa: F402
+            setattr(
+                self,
+                field.name,
+                _as_type(field.name, getattr(self, field.name), field.type),  # type: ignore[arg-type]
+            )
         self.check()
 
     def check(self) -> None:
@@ -54,17 +65,17 @@ class Settings:
         return cls(**values)
 
 
-def require(condition: bool, name: str, value: object, allowed: str) -> None:
+def require(condition: object, name: str, value: object, allowed: str) -> None:
     """Raises ValueError with the name, the value and what is allowed, unless ``condition`` holds."""
     if not condition:
         raise ValueError(f"{name} = {value!r}: must be {allowed}")
 
 
-def one_of(name: str, value: object, allowed) -> None:
+def one_of(name: str, value: object, allowed: Collection[object]) -> None:
     require(value in allowed, name, value, f"one of {', '.join(map(str, allowed))}")
 
 
-def _as_type(name: str, value, wanted):
+def _as_type(name: str, value: object, wanted: type) -> object:
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not wanted:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from simmimlib.packing import pack
-from simmimlib.sources import DataSettings
+from simmimlib.data.packing import pack
+from simmimlib.data.sources import DataSettings
 
 ROOT = Path(__file__).parents[1]
 TINY = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}  # changes to vit_tiny_patch16_224

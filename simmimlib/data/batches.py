@@ -8,6 +8,7 @@ decodes each file anew in every epoch, and RandAugment do need workers (``worker
 import mmap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,11 +22,15 @@ from simmimlib.data.workers import TransformedImages
 from simmimlib.machine.distributed import local_shard
 from simmimlib.settings import require
 
+if TYPE_CHECKING:
+    from simmimlib.model.masking import MaskGenerator
+    from simmimlib.train.settings import FinetuneSettings, PretrainSettings
+
 SOURCES = ("packed", "files")
 READERS = 8  # threads that copy rows of the memory map: on a cold page cache they wait for the disk
 
 
-def normaliser(packed: Packed, device) -> tuple[Tensor, Tensor]:
+def normaliser(packed: Packed, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation as [1, C, 1, 1] tensors, for pixels in [0, 255]."""
     mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) * 255 for v in (packed.mean, packed.std))
     return mean, std
@@ -51,7 +56,15 @@ class Batches:
         masks: a ``MaskGenerator``: batches are then (images, masks [B, h, w]), otherwise (images, labels [B]).
     """
 
-    def __init__(self, split: Split, images: Callable, batch_size: int, device: torch.device, seed=None, masks=None):
+    def __init__(
+        self,
+        split: Split,
+        images: Callable[[int, list], Iterator[Tensor]],
+        batch_size: int,
+        device: torch.device,
+        seed: int | None = None,
+        masks: "MaskGenerator | None" = None,
+    ):
         self.images, self.batch_size, self.device, self.seed, self.masks = images, batch_size, device, seed, masks
         self.labels = torch.from_numpy(np.array(split.labels))
 
@@ -174,7 +187,13 @@ class PackedImages:
         return None if boxes is None else local_shard(boxes)
 
 
-def training_batches(settings, split: Split, packed: Packed, device: torch.device, masks=None) -> Batches:
+def training_batches(
+    settings: "PretrainSettings | FinetuneSettings",
+    split: Split,
+    packed: Packed,
+    device: torch.device,
+    masks: "MaskGenerator | None" = None,
+) -> Batches:
     """Shuffled and augmented as a loop's settings (``train/settings.py``) say.
 
     Raises:
@@ -188,11 +207,11 @@ def training_batches(settings, split: Split, packed: Packed, device: torch.devic
             is_training=True,
             scale=(settings.crop_scale, 1.0),
             hflip=0.5 * settings.flip,
-            color_jitter=settings.color_jitter or None,
+            color_jitter=settings.color_jitter or None,  # type: ignore[arg-type]
             auto_augment=settings.auto_augment or None,
             interpolation=settings.interpolation,
-            mean=packed.mean,
-            std=packed.std,
+            mean=packed.mean,  # type: ignore[arg-type]
+            std=packed.std,  # type: ignore[arg-type]
         )
         images: Callable = TransformedImages(
             split, packed, device, transform, settings.source == "files", settings.seed
@@ -217,7 +236,7 @@ def validation_batches(
     image_size: int,
     batch_size: int,
     device: torch.device,
-    masks=None,
+    masks: "MaskGenerator | None" = None,
     crop_pct: float = 1.0,
     interpolation: str = "bilinear",
     files: bool = False,
@@ -225,7 +244,11 @@ def validation_batches(
     """Every image once, in order, its centre crop; under ``masks`` that are the same each time."""
     if files:
         transform = create_transform(
-            image_size, crop_pct=crop_pct, interpolation=interpolation, mean=packed.mean, std=packed.std
+            image_size,
+            crop_pct=crop_pct,
+            interpolation=interpolation,
+            mean=packed.mean,  # type: ignore[arg-type]
+            std=packed.std,  # type: ignore[arg-type]
         )
         images: Callable = TransformedImages(split, packed, device, transform, files)
     else:

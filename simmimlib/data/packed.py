@@ -30,7 +30,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.images)
 
-    def select(self, indices) -> "Split":
+    def select(self, indices: np.ndarray | slice) -> "Split":
         return Split(self.images[indices], self.labels[indices], self.sizes[indices], self.files[indices])
 
 
@@ -73,11 +73,13 @@ def open_packed(data: str) -> Packed:
             "again, with notebooks/01_data.ipynb"
         )
     train, val = (
-        Split(*(np.load(folder / f"{split}_{part}.npy", mmap_mode="r") for part in ("images", "labels", "sizes", "files")))
+        Split(
+            *(np.load(folder / f"{split}_{part}.npy", mmap_mode="r") for part in ("images", "labels", "sizes", "files"))
+        )
         for split in ("train", "val")
     )
     names = ("data", "classes", "size", "channels", "mean", "std", "digest")
-    return Packed(*(manifest[name] for name in names), train, val)
+    return Packed(*(manifest[name] for name in names), train, val)  # type: ignore[call-arg]
 
 
 def read_manifest(folder: str | Path) -> dict:

@@ -11,6 +11,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -44,7 +45,9 @@ def pack(settings: DataSettings) -> dict:
         with FileLock(out.with_name(f".{out.name}.lock"), timeout=0):
             return _pack(settings, out)
     except Timeout as error:
-        raise RuntimeError(f"out = {settings.out!r}: another process is packing into this folder; wait for it") from error
+        raise RuntimeError(
+            f"out = {settings.out!r}: another process is packing into this folder; wait for it"
+        ) from error
 
 
 def _pack(settings: DataSettings, out: Path) -> dict:
@@ -111,7 +114,7 @@ def _pack(settings: DataSettings, out: Path) -> dict:
 
 def _first_of_each_class(items: list, count: int) -> list[int]:
     """Positions, in order, of the first ``count`` items of each class in a fixed shuffle."""
-    kept, seen = [], {}
+    kept, seen = [], {}  # type: ignore[var-annotated]
     for i in np.random.default_rng(0).permutation(len(items)).tolist():
         label = items[i][1]
         seen[label] = seen.get(label, 0) + 1
@@ -140,13 +143,13 @@ def _check_space(splits: dict, partial: Path, settings: DataSettings) -> None:
         )
 
 
-def _update(path):
+def _update(path: str | Path) -> BinaryIO:
     """A file opened to be read, changed and extended; made if it is missing."""
     Path(path).touch()
     return Path(path).open("r+b")
 
 
-def _write_header(file, shape: tuple) -> int:
+def _write_header(file: BinaryIO, shape: tuple) -> int:
     """Starts a .npy file of uint8; returns the bytes this takes, which NumPy makes the same for any length."""
     file.seek(0)
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -171,7 +174,9 @@ def _decode_split(items: list, prefix: Path, settings: DataSettings) -> list[dic
         there = os.fstat(images.fileno()).st_size
         start = _write_header(images, (len(items), *shape))
         done = _resume(log, chunks, (there - start) // row, settings)
-        images.seek(start + row * sum(np.count_nonzero(chunk["sizes"][:, 0]) for chunk in done))
+        images.seek(
+            start + row * sum(np.count_nonzero(chunk["sizes"][:, 0]) for chunk in done)  # type: ignore[arg-type]
+        )
         whole = start + row * len(items)
         if there < whole and hasattr(os, "posix_fallocate"):  # macOS has none
             os.posix_fallocate(images.fileno(), 0, whole)
@@ -188,7 +193,7 @@ def _decode_split(items: list, prefix: Path, settings: DataSettings) -> list[dic
         )
         try:
             # in pairs, so that the next chunk is being decoded while this one is written
-            for (identity, results), _ in pairwise(chain(started, [None])):
+            for (identity, results), _ in pairwise(chain(started, [None])):  # type: ignore[misc]
                 sums = np.zeros((2, *shape), dtype=np.uint32)  # 66,000 images would fit
                 sizes, unreadable, pixels = [], [], hashlib.blake2b(digest_size=16)
                 for image, size, reason in results:
@@ -196,10 +201,10 @@ def _decode_split(items: list, prefix: Path, settings: DataSettings) -> list[dic
                     if reason:
                         unreadable.append(reason)
                     else:
-                        content = image.tobytes()
+                        content = image.tobytes()  # type: ignore[union-attr]
                         images.write(content)
                         pixels.update(content)
-                        sums += image, np.square(image, dtype=np.uint16)
+                        sums += image, np.square(image, dtype=np.uint16)  # type: ignore[arg-type]
                     bar.update()
                 images.flush()
                 os.fsync(images.fileno())
@@ -216,7 +221,7 @@ def _decode_split(items: list, prefix: Path, settings: DataSettings) -> list[dic
     return done
 
 
-def _resume(log, chunks: list, rows: int, settings: DataSettings) -> list[dict]:
+def _resume(log: BinaryIO, chunks: list, rows: int, settings: DataSettings) -> list[dict]:
     """The chunks of the log that still hold, of at most so many rows; the log is cut off behind them."""
     done, length = [], 0
     for line, items in zip(log, chunks, strict=False):
@@ -249,7 +254,7 @@ def _identity(items: list, settings: DataSettings) -> str:
     return digest.hexdigest()
 
 
-def _decode(item, settings: DataSettings) -> tuple[np.ndarray | None, tuple[int, int], str]:
+def _decode(item: str | np.ndarray, settings: DataSettings) -> tuple[np.ndarray | None, tuple[int, int], str]:
     """An item as uint8 [size, size, C], its original width and height, and why it could not be read ("" = it could)."""
     try:
         image = read_image(item, settings.channels)
@@ -286,7 +291,7 @@ def _digest(splits: dict, done: dict) -> str:
 
 def _statistics(chunks: list[dict], pixels: int) -> tuple[list, list]:
     """Mean and standard deviation of each channel, of pixels scaled to [0, 1]."""
-    total, squares = sum(np.array(chunk["sums"]) for chunk in chunks) / pixels
+    total, squares = sum(np.array(chunk["sums"]) for chunk in chunks) / pixels  # type: ignore[misc]
     mean = total / 255
     std = np.sqrt(np.maximum(squares / 255**2 - mean**2, 1e-12))
     return [round(float(v), 6) for v in mean], [round(float(v), 6) for v in std]

@@ -30,9 +30,9 @@ class DataSettings(Settings):
     channels: int = setting(1, "1 grey | 3 RGB | 4 RGBA; any number for .npy arrays")
     train_per_class: int = setting(0, "training images kept of each class; 0 means all")
     val_per_class: int = setting(0, "the same for validation")
-    holdout_per_class: int = setting(0, "training images of each class that validate instead, to choose a recipe")
+    holdout_per_class: int = setting(0, "of each class, to validate instead: to choose a recipe")
     statistics: str = setting("dataset", "normalise by those of: dataset | imagenet (RGB)")
-    corrupt: str = setting("stop", "unreadable images: stop (all are named) | skip (left out, listed)")
+    corrupt: str = setting("stop", "unreadable images: stop (all are named) | skip (lists them)")
     out: str = setting("data/packed/mnist5k", "the packed folder to write")
 
     def check(self) -> None:
@@ -145,7 +145,7 @@ def image_folder(path: str) -> Source:
     return Source(root.resolve().name, train, val, classes)
 
 
-def _visible(folder) -> list[os.DirEntry]:
+def _visible(folder: str | Path) -> list[os.DirEntry[str]]:
     """What a folder holds, by name; unlike paths, entries know without a system call whether they are files."""
     with os.scandir(folder) as entries:
         return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
@@ -157,7 +157,7 @@ def _labelled_files(root: Path, classes: list) -> list:
     return [(path, label) for label, name in enumerate(classes) for path in _files_below(root / name)]
 
 
-def _files_below(folder) -> list[str]:
+def _files_below(folder: str | Path) -> list[str]:
     files = []
     for entry in _visible(folder):
         if entry.is_file():
@@ -167,7 +167,7 @@ def _files_below(folder) -> list[str]:
     return files
 
 
-def read_image(item, channels: int) -> np.ndarray:
+def read_image(item: str | np.ndarray, channels: int) -> np.ndarray:
     """One image as uint8 [height, width, channels].
 
     ``item`` is the path of anything Pillow reads or of a ``.npy`` array, or a uint8 array [height, width] or

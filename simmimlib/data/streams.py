@@ -22,7 +22,7 @@ def seed_globals(device: torch.device, *key: int) -> None:
     """The same for what draws from the global generators: initial weights, drop path, mixup, timm's transforms."""
     state = _state(key)
     random.seed(state)
-    np.random.seed(state % 2**32)  # noqa: NPY002: timm's mixup and RandAugment draw from it
+    np.random.seed(state % 2**32)  # noqa: NPY002 (timm's mixup and RandAugment draw from it)
     # torch.manual_seed would seed every kind of device, and without a GPU note a stack trace for later each time
     torch.default_generator.manual_seed(state)
     if device.type != "cpu":

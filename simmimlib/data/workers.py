@@ -30,7 +30,15 @@ class TransformedImages:
         ValueError: a number of channels that Pillow has no image of, or a set that was packed from arrays.
     """
 
-    def __init__(self, split: Split, packed: Packed, device: torch.device, transform: Callable, files: bool, seed=0):
+    def __init__(
+        self,
+        split: Split,
+        packed: Packed,
+        device: torch.device,
+        transform: Callable,
+        files: bool,
+        seed: int = 0,
+    ):
         require(packed.channels in MODES, "channels", packed.channels, "1, 3 or 4 for timm's transforms")
         if files and not all(split.files[:1]):
             raise ValueError(f"source = 'files': {packed.name} was packed from arrays; use source = 'packed'")

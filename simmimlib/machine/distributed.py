@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from simmimlib.machine.device import pick_device
-from simmimlib.settings import require
+from simmimlib.settings import Settings, require
 
 
 def rank() -> int:
@@ -44,7 +44,7 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def launch(loop: Callable, settings, on_epoch: Callable | None = None) -> dict:
+def launch(loop: Callable, settings: Settings, on_epoch: Callable | None = None) -> dict:
     """Runs ``loop(settings, on_epoch)`` on every device and returns what it gives on the first.
 
     Args:
@@ -81,11 +81,13 @@ def process_count() -> int:
     return torch.accelerator.device_count()
 
 
-def _in_group(loop: Callable, settings, on_epoch: Callable | None = None) -> dict:
+def _in_group(loop: Callable, settings: Settings, on_epoch: Callable | None = None) -> dict:
     """One of several processes: joins the others, runs, leaves."""
     device = pick_device()
     if device.type == "cpu":
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(
+            max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # type: ignore[operator]
+        )
     else:
         device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
         torch.accelerator.set_device_index(device.index)

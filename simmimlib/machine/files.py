@@ -6,6 +6,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
 
 
 def project_root() -> Path:
@@ -53,7 +58,9 @@ def write_json(path: str | Path, values: dict) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
-def write_csv(path: str | Path, rows, columns=None) -> None:
+def write_csv(
+    path: str | Path, rows: "list[dict] | np.ndarray | pd.DataFrame", columns: list[str] | None = None
+) -> None:
     import pandas as pd  # imported here: half a second that a stage's own process can do without
 
     with whole_file(path) as temporary:

@@ -21,7 +21,9 @@ class Progress:
         quiet: shows nothing; for all processes of a run but the first.
     """
 
-    def __init__(self, title: str, epochs: int, images_per_epoch: int, images=0, seconds=0.0, quiet=False):
+    def __init__(
+        self, title: str, epochs: int, images_per_epoch: int, images: int = 0, seconds: float = 0.0, quiet: bool = False
+    ):
         self.title, self.epochs, self.quiet = title, epochs, quiet
         self.images = images
         self.start = time.perf_counter() - seconds

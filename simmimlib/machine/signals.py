@@ -4,6 +4,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from types import FrameType
 
 
 @contextlib.contextmanager
@@ -11,7 +12,7 @@ def stop_signals() -> Iterator[list[str]]:
     """Yields a list that a first SIGINT or SIGTERM puts its name into; a second one interrupts at once."""
     caught: list[str] = []
 
-    def note(number, frame):
+    def note(number: int, frame: FrameType | None) -> None:
         if caught:
             raise KeyboardInterrupt("stopped by a second signal, without saving")
         caught.append(signal.Signals(number).name)

@@ -27,13 +27,18 @@ TRAINING = ("model", "data", "train", "machine")  # what a training run's number
 
 
 def statements(source: str) -> str:
-    """Python source without comments, docstrings and layout."""
+    """Python source without comments, docstrings, layout, types of arguments and results, explanations of settings."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        # strings that stand alone do nothing; a body needs one statement
-        node.body = [child for child in node.body if not _is_text(child)] or [ast.Pass()]
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            # strings that stand alone do nothing; a body needs one statement
+            node.body = [child for child in node.body if not _is_text(child)] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setting":
+            del node.args[1:]  # the explanation of a setting
     return ast.unparse(tree)
 
 

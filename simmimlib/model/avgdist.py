@@ -30,7 +30,7 @@ def avg_dist(mask: Tensor, patch_size: int) -> Tensor:
     return torch.stack(result)
 
 
-def _distance_to_patch(patches: int, size: int, device) -> Tensor:
+def _distance_to_patch(patches: int, size: int, device: torch.device) -> Tensor:
     """[patches * size, patches]: distance from each pixel to the nearest pixel of each patch, along one side."""
     pixel = torch.arange(patches * size, device=device).view(-1, 1)
     first = torch.arange(patches, device=device).view(1, -1) * size

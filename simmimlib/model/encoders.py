@@ -28,7 +28,7 @@ class MaskedPatchEmbed(PatchEmbed):
 
     mask_token: nn.Parameter  # [1, 1, D]
 
-    def forward(self, inputs) -> Tensor:
+    def forward(self, inputs: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:
         images, mask = inputs if isinstance(inputs, tuple) else (inputs, None)
         tokens = super().forward(images)  # [B, h * w, D] (ViT) or [B, h, w, D] (Swin)
         if mask is None:
@@ -47,14 +47,14 @@ class Encoder(nn.Module):
     ``grid_size`` positions and ``num_features`` channels.
     """
 
-    def __init__(self, model: nn.Module, config: dict):
+    def __init__(self, model: Any, config: dict):  # Any: timm's families have no class of their own in common
         super().__init__()
         self.model = model
         self.config = config
-        self.patch_size = model.patch_embed.patch_size[0]
-        self.stride = model.feature_info[-1]["reduction"]
-        self.num_features = model.num_features
-        self.grid_size = tuple(side // self.stride for side in model.patch_embed.img_size)
+        self.patch_size: int = model.patch_embed.patch_size[0]
+        self.stride: int = model.feature_info[-1]["reduction"]
+        self.num_features: int = model.num_features
+        self.grid_size: tuple[int, int] = tuple(side // self.stride for side in model.patch_embed.img_size)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """images [B, C, H, W], mask [B, H / patch_size, W / patch_size] or None -> [B, D, H / stride, W / stride]."""
@@ -111,9 +111,9 @@ def create_encoder(
     if not final_norm:
         config["final_norm"] = False
         model.norm = nn.Identity()
-    add_mask_token(model.patch_embed)
+    add_mask_token(model.patch_embed)  # type: ignore[arg-type]
     encoder = Encoder(model, config)
-    height, width = model.patch_embed.img_size
+    height, width = model.patch_embed.img_size  # type: ignore[union-attr, misc]
     if height % encoder.stride or width % encoder.stride:
         raise ValueError(f"image_size = {image_size}: must be a multiple of {encoder.stride}, the stride of {name}")
     return encoder
@@ -149,4 +149,4 @@ def init_simmim_vit(model: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
     trunc_normal_(model.cls_token, std=0.02, a=-0.02, b=0.02)
-    model.fix_init_weight()
+    model.fix_init_weight()  # type: ignore[operator]

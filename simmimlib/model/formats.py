@@ -1,4 +1,4 @@
-"""Whose weights these are: the official ``.pth``, Hugging Face's, timm's or our own, told by the names of the tensors."""
+"""Whose weights these are: the official ``.pth``, Hugging Face's, timm's or our own, told by the tensors' names."""
 
 import re
 from pathlib import Path
@@ -85,7 +85,7 @@ def read_state(source: str | Path | dict) -> dict[str, Tensor]:
     raise ValueError(f"checkpoint = {where}: must hold tensors by name, or such a dictionary under 'model'")
 
 
-def _read(path: Path):
+def _read(path: Path) -> object:
     if path.is_dir():
         files = [path / name for name in HF_FILES if (path / name).is_file()]
         if not files:

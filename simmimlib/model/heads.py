@@ -69,7 +69,16 @@ class TransformerBlocks(nn.Module):
 class InverseSwin(nn.Module):
     """Swin run backwards; arguments as in ``create_head`` and ``SWIN``."""
 
-    def __init__(self, in_features, stride, out_chans, grid, width, depths, heads):
+    def __init__(
+        self,
+        in_features: int,
+        stride: int,
+        out_chans: int,
+        grid: tuple[int, int],
+        width: int,
+        depths: tuple[int, ...],
+        heads: tuple[int, ...],
+    ):
         super().__init__()
         expansions = min(len(depths) - 1, (stride & -stride).bit_length() - 1)  # factors of 2 in the stride
         deepest = len(depths) - 1
@@ -100,7 +109,7 @@ class InverseSwin(nn.Module):
 class PatchExpanding(nn.Module):
     """The mirror of Swin's patch merging: [B, h, w, D] -> [B, 2h, 2w, D / 2]."""
 
-    def __init__(self, dim):
+    def __init__(self, dim: int):
         super().__init__()
         self.expansion = nn.Linear(dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(dim // 2)

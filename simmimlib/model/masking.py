@@ -74,11 +74,11 @@ class MaskGenerator:
         mask = mask.to(device, non_blocking=True) if device is not None else mask  # while it is still small
         return mask.repeat_interleave(self.repeat, 1).repeat_interleave(self.repeat, 2)
 
-    def _random(self, batch_size, where) -> Tensor:
+    def _random(self, batch_size: int, where: dict) -> Tensor:
         noise = torch.rand(batch_size, math.prod(self.grid), **where)
         return self._first(noise)
 
-    def _square(self, batch_size, where) -> Tensor:
+    def _square(self, batch_size: int, where: dict) -> Tensor:
         grid_h, grid_w = self.grid
         side_h = min(math.isqrt(self.count - 1) + 1, grid_h)
         side_h = max(side_h, math.ceil(self.count / grid_w))  # a wide region on grids too narrow for the square
@@ -89,7 +89,7 @@ class MaskGenerator:
         order = (rows * grid_w + cols).masked_fill(~inside, grid_h * grid_w)
         return self._first(order.flatten(1))
 
-    def _block(self, batch_size, where) -> Tensor:
+    def _block(self, batch_size: int, where: dict) -> Tensor:
         # Each rectangle hides its patches in reading order; the mask is the first `count` patches hidden so. BEiT's
         # numbers: at least 4 patches a rectangle, aspect ratio log-uniform between 0.3 and 1 / 0.3. A rectangle
         # covers a random patch that is still visible, so that each one hides something and the loop ends.
@@ -116,17 +116,17 @@ class MaskGenerator:
             step += 1
         return self._first(order.flatten(1))
 
-    def _first(self, order) -> Tensor:
+    def _first(self, order: Tensor) -> Tensor:
         """Masks the ``count`` patches that come first in ``order`` [B, n]."""
         chosen = order.argsort(dim=1)[:, : self.count]
         mask = torch.zeros(order.shape, dtype=torch.bool, device=order.device).scatter_(1, chosen, True)
         return mask.view(-1, *self.grid)
 
-    def _coordinates(self, device):
+    def _coordinates(self, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
         grid_h, grid_w = self.grid
         return torch.arange(grid_h, device=device).view(1, -1, 1), torch.arange(grid_w, device=device).view(1, 1, -1)
 
-    def _room(self, height, width, where) -> Tensor:
+    def _room(self, height: int, width: int, where: dict) -> Tensor:
         room = [self.grid[0] - height + 1, self.grid[1] - width + 1]
         return torch.tensor(room, device=where["device"]).view(2, 1, 1, 1)
 

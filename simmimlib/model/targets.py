@@ -5,6 +5,8 @@ prediction back into normalised pixels for showing. Images come in normalised; `
 were normalised with.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ def create_target(
     patch: int = 32,
     mean: float | list[float] = 0.5,
     std: float | list[float] = 0.25,
-) -> nn.Module:
+) -> "PixelTarget | BinTarget | ClusterTarget":
     """A target by name.
 
     Args:
@@ -48,7 +50,7 @@ def create_target(
 class PixelTarget(nn.Module):
     """Normalised pixels; with ``patch``, normalised once more within each patch."""
 
-    def __init__(self, channels, loss, beta, patch):
+    def __init__(self, channels: int, loss: str, beta: float, patch: int | None):
         super().__init__()
         if loss not in LOSSES:
             raise ValueError(f"loss = {loss!r}: allowed are {', '.join(LOSSES)}")
@@ -70,9 +72,9 @@ class PixelTarget(nn.Module):
         mean, std = self._statistics(images)
         return prediction * std + mean
 
-    def _statistics(self, images):
+    def _statistics(self, images: Tensor) -> Iterator[Tensor]:
         height, width = images.shape[2:]
-        patches = F.pixel_unshuffle(images, self.patch)  # [B, C * patch * patch, h, w]
+        patches = F.pixel_unshuffle(images, self.patch)  # type: ignore[arg-type]  # [B, C * patch * patch, h, w]
         mean, variance = patches.mean(1, keepdim=True), patches.var(1, keepdim=True)
         return (F.interpolate(v, (height, width)) for v in (mean, (variance + 1e-6).sqrt()))
 
@@ -80,7 +82,10 @@ class PixelTarget(nn.Module):
 class BinTarget(nn.Module):
     """Each channel of each pixel is one of ``bins`` classes; the paper's "color binning"."""
 
-    def __init__(self, bins, in_chans, mean, std):
+    mean: Tensor  # [1, C, 1, 1]
+    std: Tensor
+
+    def __init__(self, bins: int, in_chans: int, mean: float | list[float], std: float | list[float]):
         super().__init__()
         self.bins, self.in_chans, self.channels = bins, in_chans, bins * in_chans
         for name, value in (("mean", mean), ("std", std)):
@@ -98,20 +103,22 @@ class BinTarget(nn.Module):
         """What a perfect prediction looks like, normalised."""
         return self._colours(self._classes(images))
 
-    def _classes(self, images):
+    def _classes(self, images: Tensor) -> Tensor:
         return ((images * self.std + self.mean) * self.bins).long().clamp(0, self.bins - 1)
 
-    def _colours(self, classes):
+    def _colours(self, classes: Tensor) -> Tensor:
         return ((classes + 0.5) / self.bins - self.mean) / self.std
 
-    def _logits(self, prediction):
+    def _logits(self, prediction: Tensor) -> Tensor:
         return prediction.unflatten(1, (self.bins, self.in_chans))  # [B, bins, C, H, W]
 
 
 class ClusterTarget(nn.Module):
     """Each pixel is the nearest of ``clusters`` colours, as in iGPT; the colours are stored with the model."""
 
-    def __init__(self, clusters, in_chans):
+    colours: Tensor  # [clusters, C]
+
+    def __init__(self, clusters: int, in_chans: int):
         super().__init__()
         self.channels = clusters
         self.register_buffer("colours", torch.zeros(clusters, in_chans))
@@ -137,7 +144,7 @@ class ClusterTarget(nn.Module):
         """What a perfect prediction looks like, normalised."""
         return self.colours[self._classes(images)].permute(0, 3, 1, 2)
 
-    def _classes(self, images):
+    def _classes(self, images: Tensor) -> Tensor:
         pixels = images.permute(0, 2, 3, 1)
         return torch.cdist(pixels.flatten(1, 2), self.colours).argmin(2).view(pixels.shape[:3])
 

@@ -127,7 +127,7 @@ def load_checkpoint(path_or_state_dict: str | Path | dict, model: Model) -> Mode
 def _resize(name: str, tensor: Tensor, model: nn.Module) -> Tensor:
     """``tensor`` at the size the model has; unchanged where timm cannot resize it."""
     owner, _, kind = name.rpartition(".")
-    module = model.get_submodule(owner)
+    module: Any = model.get_submodule(owner)
     shape = model.state_dict()[name].shape
     if kind == "pos_embed" and tensor.ndim == 3 and tensor.shape[2] == shape[2]:  # [1, prefix + h * w, D]
         grid = module.patch_embed.grid_size
@@ -190,7 +190,9 @@ def export_timm(
     if pooled:
         model.norm = norm  # of an encoder without one: a new one for fine-tuning
     if image_size is not None and image_size != trained_size:
-        model.set_input_size(img_size=(image_size, image_size) if isinstance(image_size, int) else image_size)
+        model.set_input_size(  # type: ignore[operator]
+            img_size=(image_size, image_size) if isinstance(image_size, int) else image_size
+        )
     return model
 
 
@@ -213,7 +215,8 @@ def save_timm(model: nn.Module, folder: str | Path) -> None:
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        timm.models.save_for_hf(model, temporary, safe_serialization=True)  # creates the folders above, too
+        # creates the folders above, too
+        timm.models.save_for_hf(model, temporary, safe_serialization=True)  # type: ignore[arg-type]
         with torch.device("meta"):
             rebuilt = timm.create_model(f"local-dir:{temporary}").state_dict()
         if {name: t.shape for name, t in rebuilt.items()} != {name: t.shape for name, t in model.state_dict().items()}:

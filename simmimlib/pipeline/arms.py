@@ -9,6 +9,7 @@ import hashlib
 import re
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -18,7 +19,7 @@ from simmimlib.settings import one_of, require
 
 STAGES = {"pretrain": "02_pretrain", "finetune": "03_finetune", "probe": "05_probe"}  # of a run, and their notebooks
 SECTIONS = ("profile", "seeds", "arms", "data", "model", *STAGES)
-HEADER = "# The active profile: profiles/{name}.yaml as it was made active ({digest}). `runs` follows from arms and seeds.\n"
+HEADER = "# The active profile: profiles/{name}.yaml as made active ({digest}). `runs` follows from arms and seeds.\n"
 
 
 # Arms ----------------------------------------------------------------------------------------------------------------
@@ -101,7 +102,8 @@ def runs_of(profile: dict) -> dict[str, dict]:
 
     ``arms`` says for an arm, a question or a set of arms how many of the ``seeds`` it gets.
     """
-    name, seeds, known, runs = profile["profile"], profile["seeds"], load_arms(), {}
+    name, seeds, known = profile["profile"], profile["seeds"], load_arms()
+    runs: dict[str, dict] = {}
     for group, count in profile["arms"].items():
         require(1 <= count <= len(seeds), f"arms: {group}", count, f"from 1 to {len(seeds)}, the number of seeds")
         for seed in seeds[:count]:
@@ -145,7 +147,7 @@ def read_params() -> dict:
     params = yaml.safe_load(path.read_text())
     if params.get("runs") != runs_of(params):
         raise ValueError(
-            "params.yaml: `runs` does not follow from its `arms` and `seeds` and from arms.yaml; one of them was edited. "
+            "params.yaml: `runs` does not follow from its `arms` and `seeds` and arms.yaml: one was edited. "
             "`python -m simmimlib.pipeline.stages refresh` (part of `make repro`) writes `runs` again"
         )
     return params
@@ -167,7 +169,9 @@ def refresh() -> None:
         if edited(path.read_text()):
             print(f"params.yaml was edited: unlike profiles/{name}.yaml, {found}; params.yaml counts")
         else:
-            print(f"profiles/{name}.yaml was edited ({found}) and params.yaml counts: make repro PROFILE={name} takes it")
+            print(
+                f"profiles/{name}.yaml was edited ({found}) and params.yaml counts: make repro PROFILE={name} takes it"
+            )
 
 
 def edited(text: str) -> str:
@@ -208,7 +212,7 @@ def _dump(params: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _flow(value) -> str:
+def _flow(value: Any) -> str:
     text = yaml.safe_dump(copy.deepcopy(value), default_flow_style=True, sort_keys=False, width=1000)
     return text.removesuffix("...\n").strip()
 

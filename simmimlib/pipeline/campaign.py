@@ -1,20 +1,25 @@
-"""Many runs in the time there is, on a machine with the library and papermill but neither DVC nor git.
+"""Many runs of the active profile, side by side where one does not fill the machine, in the order of its `arms`.
 
-    python -m simmimlib.pipeline.campaign plan                       # what each arm costs here, in the order of the runs
-    python -m simmimlib.pipeline.campaign run --minutes 9            # as many runs of the active profile as fit
-    python -m simmimlib.pipeline.campaign run --minutes 9 --jobs 4   # four at a time, where one does not fill the device
+    python -m simmimlib.pipeline.campaign repro                     # what `dvc repro` would train; part of `make repro`
+    python -m simmimlib.pipeline.campaign plan                      # what each arm costs here, in the order of the runs
+    python -m simmimlib.pipeline.campaign run --minutes 9           # as many runs as fit; needs neither DVC nor git
+    python -m simmimlib.pipeline.campaign run --minutes 9 --jobs 4  # four at a time, where one does not fill the device
 
-Runs go in the order of the profile's `arms`. A finished run is recorded in ``results/<profile>/runs.csv`` at once, and
-a run that is recorded there is not run again. One that is under way when the time is over saves, and resumes at the
-next start on this machine. On a CPU each run has a thread of its own, and without ``--jobs`` there are as many as cores.
+``repro`` leaves each run to a ``dvc repro`` of its own, so that DVC's cache, lock file and rules are those of a single
+one. ``run`` is for machines that only train: a finished run is recorded in ``results/<profile>/runs.csv`` at once, and
+one that is recorded there is not run again. One that is under way when the time is over saves, and resumes at the next
+start on this machine. Without ``--jobs`` there are as many runs at a time as cores, and on a GPU one.
 """
 
 import argparse
+import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -22,58 +27,47 @@ import psutil
 
 from simmimlib.machine.files import project_root, write_csv, write_text
 from simmimlib.machine.signals import stop_signals
-from simmimlib.pipeline.arms import STAGES, packed_folder, read_params, stage_parameters, wanted_runs
+from simmimlib.pipeline.arms import STAGES, check_packed, packed_folder, read_params, stage_parameters, wanted_runs
 from simmimlib.report.runs import load_runs
 
 PATIENCE = 60  # seconds that a run has for saving
-
-
-def record(params: dict) -> pd.DataFrame:
-    """Writes ``runs.csv`` as it stands, if there is a finished run, and returns it."""
-    folder = Path("results", params["profile"])
-    runs, left_out = load_runs(folder, wanted_runs(params))
-    for line in left_out:
-        print(line, flush=True)
-    if not runs.empty:
-        write_csv(folder / "runs.csv", runs)
-    return runs
-
-
-def names_of(runs: pd.DataFrame) -> list[str]:
-    return [] if runs.empty else (runs["arm"] + "-" + runs["seed"].astype(str)).tolist()
+DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
+STAGE = [sys.executable, "-m", "simmimlib.pipeline.stages"]
 
 
 class Running:
-    """The stages of one (arm, seed), one process after the other."""
+    """One run of the profile: its commands, one after the other, each in a process group of its own."""
 
-    def __init__(self, params: dict, arm: str, seed: int, threads: int):
-        self.name, self.start = f"{arm}-{seed}", time.monotonic()
-        self.arguments = ["--arm", arm, "--seed", str(seed)]
-        self.environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-        self.log = Path(f".scratch/{params['profile']}-{self.name}.log")
+    def __init__(self, name: str, trained: bool, commands: list[list[str]]):
+        self.name, self.trained, self.start = name, trained, time.monotonic()
+        self.commands = list(commands)
+        self.log = Path(f".scratch/{name}.log")
         self.log.parent.mkdir(exist_ok=True)
         self.log.unlink(missing_ok=True)
-        epochs = {stage: stage_parameters(params, stage, arm, seed).get("epochs", 1) for stage in STAGES}
-        self.trained = epochs["pretrain"] > 0  # runs without pre-training are short
-        self.stages = list(STAGES)
-        self.next_stage()
+        self.next_command()
 
-    def next_stage(self) -> None:
-        command = [sys.executable, "-m", "simmimlib.pipeline.stages", self.stages.pop(0), *self.arguments]
+    def next_command(self) -> None:
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                self.commands.pop(0), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     def ended(self) -> bool:
-        """True when nothing of it is left to do or one of its stages failed."""
+        """True when nothing of it is left to do or one of its commands failed."""
         if self.process.poll() is None:
             return False
-        if self.process.returncode == 0 and self.stages:
-            self.next_stage()
+        if self.process.returncode == 0 and self.commands:
+            self.next_command()
             return False
         return True
 
+    def stop(self) -> None:
+        """What Ctrl-C does to a command in a terminal: a training saves, and ends."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGINT)
+
     def finish(self) -> None:
-        """Waits for a process that was asked to stop; one that does not (its notebook was just starting) is killed."""
+        """Waits for a run that was asked to stop; one that does not (its notebook was just starting) is killed."""
         try:
             self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
@@ -85,32 +79,56 @@ class Running:
         return (time.monotonic() - self.start) / 60
 
 
-def run(params: dict, minutes: float, jobs: int, threads: int) -> None:
-    """Works through the order; a run is started only if the longest of its kind so far would still fit."""
-    start = time.monotonic()
+def run(params: dict, minutes: float, jobs: int) -> None:
+    """As many runs as fit; each is recorded in ``runs.csv`` when it has finished."""
+    done = set(record(params).get("key", []))
+    todo = {key: [[*STAGE, stage, *arguments(one)] for stage in STAGES] for key, one in params["runs"].items()}
+    todo = {key: commands for key, commands in todo.items() if key not in done}
+    print(f"{len(done)} runs are recorded, {len(todo)} are to do, {jobs} at a time", flush=True)
+    side_by_side(params, todo, jobs, minutes, lambda: record(params))
+
+
+def repro(params: dict, jobs: int) -> None:
+    """Trains what is not up to date, each run by a ``dvc repro`` of its own; the tables are left to a last one."""
+    subprocess.run([*DVC, "repro", "--quiet", "code", f"data@{params['profile']}"], check=True)
+    status = subprocess.run([*DVC, "status", "--json"], check=True, capture_output=True, text=True)
+    stale = {stage.partition("@")[2] for stage in json.loads(status.stdout)}
+    # `--single-item`: DVC would not look at `code` again while another run holds it to read
+    single = [*DVC, "repro", "--single-item"]
+    todo = {key: [[*single, *(f"{stage}@{key}" for stage in STAGES)]] for key in params["runs"] if key in stale}
+    if todo:
+        print(f"{len(todo)} of {len(params['runs'])} runs are to do, {jobs} at a time", flush=True)
+        side_by_side(params, todo, jobs, float("inf"), lambda: finished(params)[0])
+
+
+def side_by_side(params: dict, todo: dict[str, list], jobs: int, minutes: float, report: Callable) -> None:
+    """Works through the commands of the runs; one is started only if the longest of its kind so far would still fit.
+
+    Args:
+        todo: key of a run -> its commands.
+        report: the finished runs as a table, called when one has ended.
+    """
+    start, total = time.monotonic(), len(todo)
     deadline = start + 60 * minutes
-    done = names_of(record(params))
-    wanted = [(one["arm"], one["seed"]) for one in params["runs"].values()]
-    todo = [(arm, seed) for arm, seed in wanted if f"{arm}-{seed}" not in done]
-    total = len(todo)
-    print(f"{len(done)} runs are recorded, {total} are to do, {jobs} at a time", flush=True)
+    waiting, failed = list(todo), []
     running: list[Running] = []
     longest: dict[bool, float] = {}
-    failed = []
     with stop_signals() as stopped:
-        while todo or running:
+        while waiting or running:
             left = 0 if stopped else (deadline - time.monotonic()) / 60
-            while todo and len(running) < jobs and not stopped:
-                kind = stage_parameters(params, "pretrain", *todo[0])["epochs"] > 0
-                if longest.get(kind, 0) >= left:
+            while waiting and len(running) < jobs and not stopped:
+                one = params["runs"][waiting[0]]
+                # runs without pre-training are short
+                trained = stage_parameters(params, "pretrain", one["arm"], one["seed"])["epochs"] > 0
+                if longest.get(trained, 0) >= left:
                     break
-                running.append(Running(params, *todo.pop(0), threads))
+                running.append(Running(waiting[0], trained, todo[waiting.pop(0)]))
             if not running:
                 break
             time.sleep(0.2)
             if left <= 0:
                 for one in running:
-                    one.process.send_signal(signal.SIGTERM)  # saves, and ends
+                    one.stop()
                 for one in running:
                     one.finish()
                 print(f"stopped; to resume: {', '.join(one.name for one in running)}", flush=True)
@@ -122,17 +140,42 @@ def run(params: dict, minutes: float, jobs: int, threads: int) -> None:
                     print(f"{one.name} failed:\n{one.log.read_text()[-2000:]}", flush=True)
                     continue
                 longest[one.trained] = max(longest.get(one.trained, 0), one.minutes)
-                ended = total - len(todo) - len(running)
-                print(f"run {ended} of {total}: {outcome(one, record(params), ended, total, start)}", flush=True)
+                ended = total - len(waiting) - len(running)
+                print(f"run {ended} of {total}: {outcome(one, report(), ended, total, start)}", flush=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
+    if stopped:
+        sys.exit(f"stopped by {stopped[0]}")
 
 
 def outcome(one: Running, runs: pd.DataFrame, ended: int, total: int, start: float) -> str:
     """Of a finished run: its accuracy, how long it took, and how long the others will."""
-    top1 = dict(zip(names_of(runs), runs.get("top1", []), strict=True)).get(one.name)
+    top1 = runs.loc[runs["key"] == one.name, "top1"]
+    said = f"top-1 {top1.iloc[0]:.1f}" if len(top1) else "not in the tables, see below"
     left = (time.monotonic() - start) / ended * (total - ended) / 60
-    return f"{one.name}, top-1 {top1:.1f}, {one.minutes:.1f} min; about {left:.0f} min left"
+    return f"{one.name}, {said}, {one.minutes:.1f} min; about {left:.0f} min left"
+
+
+def finished(params: dict) -> tuple[pd.DataFrame, list[str]]:
+    """The finished runs with their ``key`` in the profile, and a line for each that cannot be taken."""
+    runs, left_out = load_runs(Path("results", params["profile"]), wanted_runs(params))
+    if not runs.empty:
+        runs.insert(0, "key", params["profile"] + "-" + runs["arm"] + "-" + runs["seed"].astype(str))
+    return runs, left_out
+
+
+def record(params: dict) -> pd.DataFrame:
+    """Writes ``runs.csv`` as it stands, if there is a finished run; returns ``finished``."""
+    runs, left_out = finished(params)
+    for line in left_out:
+        print(line, flush=True)
+    if not runs.empty:
+        write_csv(Path("results", params["profile"], "runs.csv"), runs.drop(columns="key"))
+    return runs
+
+
+def arguments(one: dict) -> list[str]:
+    return ["--arm", one["arm"], "--seed", str(one["seed"])]
 
 
 def plan(params: dict) -> None:
@@ -151,7 +194,12 @@ def plan(params: dict) -> None:
             timed = run_loop(stage, values | short)
             minutes = values["epochs"] * timed["wall_seconds"] / 60
             cost |= {"finetune": minutes} if stage == "finetune" else {arm: minutes}
-    lines = [f"# Plan of {params['profile']}", "", f"{timed['device']}, {timed['precision']}, {timed['versions']}; ", ""]
+    lines = [
+        f"# Plan of {params['profile']}",
+        "",
+        f"{timed['device']}, {timed['precision']}, {timed['versions']}; ",
+        "",
+    ]
     lines += ["From one epoch of each arm, a run at a time.", "", "| arm | seed | minutes | minutes in all |"]
     lines += ["|---|---|---|---|"]
     total = 0.0
@@ -164,26 +212,35 @@ def plan(params: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m simmimlib.pipeline.campaign", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["plan", "run"])
+    parser.add_argument("what", choices=["repro", "plan", "run"])
     parser.add_argument("--minutes", type=float, default=float("inf"), help="run: the time there is (default: no end)")
-    parser.add_argument("--jobs", type=int, help="run: how many share the device (default: a GPU one, else one a core)")
-    arguments = parser.parse_args()
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: on a GPU one, else as many as cores)")
+    given = parser.parse_args()
     os.chdir(project_root())
     try:
         params = read_params()
+        if given.what == "repro":
+            repro(params, given.jobs or jobs_here())
+            return
+        if not Path(packed_folder(params), "manifest.json").is_file():
+            subprocess.run([*STAGE, "data"], check=True)
+        check_packed(params)
+        if given.what == "plan":
+            plan(params)
+        else:
+            run(params, given.minutes, given.jobs or jobs_here())
     except ValueError as error:
         sys.exit(str(error))
-    if not Path(packed_folder(params), "manifest.json").is_file():
-        subprocess.run([sys.executable, "-m", "simmimlib.pipeline.stages", "data"], check=True)
-    if arguments.what == "plan":
-        plan(params)
-        return
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)
+
+
+def jobs_here() -> int:
     from simmimlib.machine.device import pick_device  # imported here: brings torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    on_cpu = pick_device().type == "cpu"
-    jobs = arguments.jobs or (cores if on_cpu else 1)
-    run(params, arguments.minutes, jobs, threads=max(1, cores // jobs) if on_cpu else 0)
+    if pick_device().type != "cpu":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

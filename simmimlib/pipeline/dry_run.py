@@ -26,7 +26,7 @@ def dry_run(name: str) -> None:
             Image.fromarray(noise).save(folder / part / f"{j}.png")
     packed = {"data": str(folder / "packed"), "batch_size": 2, "epochs": 1}
     size = {key: params["data"][key] for key in ("size", "channels", "statistics")}
-    pack(DataSettings(data="folder", path=str(folder), out=packed["data"], **size))
+    pack(DataSettings(data="folder", path=str(folder), out=str(folder / "packed"), **size))
     start = {"checkpoint": str(folder / "pretrain" / "model.safetensors"), "labelled_images": 0}
 
     def values(stage: str) -> dict:

@@ -1,4 +1,4 @@
-"""Runs a notebook through papermill as a stage of the pipeline does: whole results, traceback kept, signals passed on."""
+"""A notebook as a stage of the pipeline: run by papermill, whole results, traceback kept, signals passed on."""
 
 import shutil
 import signal
@@ -51,8 +51,8 @@ def run_notebook(notebook: str, parameters: dict, folder: Path, given: dict | No
 
 
 def _import_papermill():
-    # jsonschema would load a grammar to check one string format, which no notebook uses: it takes over a second, as long
-    # as the rest of papermill. It does without where the grammar cannot be imported.
+    # jsonschema would load a grammar to check one string format, which no notebook uses: it takes over a second, as
+    # long as the rest of papermill. It does without where the grammar cannot be imported.
     grammar = "rfc3987_syntax"
     hidden = grammar not in sys.modules
     if hidden:
@@ -83,5 +83,3 @@ def signals_to_the_kernel() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-

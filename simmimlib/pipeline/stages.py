@@ -15,6 +15,9 @@ killed resumes when it is started again; SIGTERM and Ctrl-C let it save first.
 
 Started in several processes (``torchrun``, ``srun``; see ``machine/distributed.py``), the first one runs the notebook
 and the others the loop that the notebook calls.
+
+On the CPU a stage computes with one thread, as torchrun's processes do, so that its numbers do not depend on how many
+runs share the machine (``campaign.py`` gives each core one); ``OMP_NUM_THREADS`` overrules.
 """
 
 import argparse
@@ -40,6 +43,7 @@ from simmimlib.pipeline.execute import run_notebook
 
 def run_stage(stage: str, arm: str, seed: int) -> None:
     """A training stage of one run."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by what this process starts
     params = read_params()
     check_packed(params)
     values = stage_parameters(params, stage, arm, seed)

@@ -1,14 +1,20 @@
 """Pictures: masks, reconstructions, curves, arms. Each function returns a matplotlib Figure. No training code."""
 
 import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from simmimlib.data.batches import to_pixels
+from simmimlib.data.packed import Packed
 from simmimlib.machine.files import whole_file
 from simmimlib.machine.progress import interactive
 from simmimlib.model.avgdist import avg_dist
@@ -17,12 +23,14 @@ from simmimlib.model.masking import MaskGenerator, upsample_mask
 HIDDEN = 0.5  # grey of hidden pixels
 
 
-def save(figure, path) -> None:
+def save(figure: Figure, path: str | Path) -> None:
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=150, bbox_inches="tight")
 
 
-def image_grid(rows: dict, size=1.3, titles=None):
+def image_grid(
+    rows: Mapping[str, np.ndarray | Tensor], size: float = 1.3, titles: Sequence[str] | None = None
+) -> Figure:
     """Images in labelled rows: ``{label: [n, H, W, C] pixels in [0, 1]}``; the first three channels are shown."""
     columns = max(len(images) for images in rows.values())
     figure, axes = plt.subplots(
@@ -39,26 +47,30 @@ def image_grid(rows: dict, size=1.3, titles=None):
     return figure
 
 
-def show(axis, image) -> None:
+def show(axis: Axes, image: np.ndarray | Tensor) -> None:
     """One image [H, W, C]: grey for one channel, else the first three."""
     image = np.asarray(image)
     axis.imshow(image[..., 0] if image.shape[-1] < 3 else image[..., :3], cmap="gray", vmin=0, vmax=1)
     axis.set_axis_off()
 
 
-def hide(pixels, mask, patch_size: int):
+def hide(pixels: np.ndarray | Tensor, mask: np.ndarray | Tensor, patch_size: int) -> Tensor:
     """Pixels [n, H, W, C] with the masked ones in grey; mask [n, h, w]."""
     hidden = upsample_mask(torch.as_tensor(mask), patch_size).permute(0, 2, 3, 1)
     return torch.where(hidden, HIDDEN, torch.as_tensor(pixels))
 
 
-def paste(pixels, prediction, mask, patch_size: int):
+def paste(
+    pixels: np.ndarray | Tensor, prediction: np.ndarray | Tensor, mask: np.ndarray | Tensor, patch_size: int
+) -> Tensor:
     """Predicted pixels where masked, original ones where visible; all [n, H, W, C]."""
     hidden = upsample_mask(torch.as_tensor(mask), patch_size).permute(0, 2, 3, 1)
     return torch.where(hidden, torch.as_tensor(prediction), torch.as_tensor(pixels))
 
 
-def reconstructions(images, mask, predictions: dict, patch_size: int, packed, whole=False):
+def reconstructions(
+    images: Tensor, mask: Tensor, predictions: dict[str, Tensor], patch_size: int, packed: Packed, whole: bool = False
+) -> Figure:
     """Original, masked, and each model's prediction pasted into the visible pixels, in rows.
 
     Args:
@@ -76,7 +88,7 @@ def reconstructions(images, mask, predictions: dict, patch_size: int, packed, wh
     return image_grid(rows)
 
 
-def maps(values, titles: list[str], label: str):
+def maps(values: Iterable[np.ndarray | Tensor], titles: list[str], label: str) -> Figure:
     """Two-dimensional maps side by side on one colour scale."""
     values = [np.asarray(v) for v in values]
     low, high = min(v.min() for v in values), max(v.max() for v in values)
@@ -88,7 +100,9 @@ def maps(values, titles: list[str], label: str):
     return figure
 
 
-def curves(logs: dict, y: str, ylabel: str, title="", normalise=False):
+def curves(
+    logs: dict[str, list[pd.DataFrame]], y: str, ylabel: str, title: str = "", normalise: bool = False
+) -> Figure:
     """One line an arm over epochs, the mean over its logs (one data frame a seed), with their range shaded.
 
     ``normalise`` divides each log by its first value: arms with different losses have no common scale.
@@ -108,7 +122,7 @@ def curves(logs: dict, y: str, ylabel: str, title="", normalise=False):
     return figure
 
 
-def arms_beside_paper(table, title=""):
+def arms_beside_paper(table: pd.DataFrame, title: str = "") -> Figure:
     """Every arm's mean with its interval over the default's, the paper's numbers in a second panel."""
     figure, (ours, paper) = plt.subplots(
         1, 2, figsize=(10, 0.32 * len(table) + 1.6), sharey=True, layout="constrained", width_ratios=(3, 2)
@@ -121,7 +135,9 @@ def arms_beside_paper(table, title=""):
         if row["paper"] is None or np.isnan(row["paper"]):
             continue
         paper.plot(row["paper"], y, "o", color=colour)
-        paper.annotate(f"{row['paper']:.1f}", (row["paper"], y), (6, 0), textcoords="offset points", va="center", fontsize=8)
+        paper.annotate(
+            f"{row['paper']:.1f}", (row["paper"], y), (6, 0), textcoords="offset points", va="center", fontsize=8
+        )
     default = table[table["arm"] == "default"].iloc[0]
     ours.axvline(default["mean"], color="tab:blue", linewidth=0.8, alpha=0.6)
     paper.axvline(default["paper"], color="tab:blue", linewidth=0.8, alpha=0.6)
@@ -137,8 +153,10 @@ def arms_beside_paper(table, title=""):
 MASK_QUESTIONS = ("default", "ratio", "patch", "strategy")  # whose arms differ from the default by their masks only
 
 
-def paper_avg_dist(arms: dict, size=192, patch=32, samples=64):
-    """AvgDist, as a share of the image's side, and the paper's top-1 of its mask arms: [(question, share, top1), ...]."""
+def paper_avg_dist(
+    arms: dict[str, dict], size: int = 192, patch: int = 32, samples: int = 64
+) -> list[tuple[str, float, float]]:
+    """AvgDist, as a share of the image's side, and the paper's top-1 of its mask arms: (question, share, top1)."""
     found = []
     for arm in arms.values():
         if arm["question"] not in MASK_QUESTIONS or arm["paper"] is None:
@@ -151,7 +169,7 @@ def paper_avg_dist(arms: dict, size=192, patch=32, samples=64):
     return found
 
 
-def accuracy_over_avg_dist(table, image_size: int, arms: dict):
+def accuracy_over_avg_dist(table: pd.DataFrame, image_size: int, arms: dict[str, dict]) -> Figure:
     """Top-1 over AvgDist as a share of the image's side, ours beside the paper's; one point a mask arm."""
     masks = table[table["question"].isin(MASK_QUESTIONS)]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharex=True, layout="constrained")
@@ -173,7 +191,7 @@ def accuracy_over_avg_dist(table, image_size: int, arms: dict):
     return figure
 
 
-def accuracy_over_images_seen(table):
+def accuracy_over_images_seen(table: pd.DataFrame) -> Figure:
     """Fine-tuning, linear probe and k-NN over the images seen in pre-training; arms that differ in length only."""
     arms = table[table["question"].isin(["default", "pretraining", "length"])].sort_values("pretrain_images_seen")
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
@@ -188,7 +206,7 @@ def accuracy_over_images_seen(table):
     return figure
 
 
-def accuracy_over_blocks(logs: dict):
+def accuracy_over_blocks(logs: dict[str, list[pd.DataFrame]]) -> Figure:
     """Linear probe and k-NN over the encoder's blocks, 0 = its own output; label -> ``blocks.csv`` of each seed.
 
     Means over seeds, with their range shaded; raw pixels, where they were probed, as a dashed line.
@@ -201,7 +219,8 @@ def accuracy_over_blocks(logs: dict):
                 floor = values.loc[-1].mean()
                 axis.axhline(floor, color="k", linestyle="--", linewidth=1, label=f"raw pixels, {floor:.1f}")
             values = values.drop(index=-1, errors="ignore")
-            values = values.loc[[*sorted(block for block in values.index if block > 0), 0]]  # the own output is the last
+            # the own output is the last
+            values = values.loc[[*sorted(block for block in values.index if block > 0), 0]]
             place = range(len(values))
             (line,) = axis.plot(place, values.mean(axis=1), "o-", markersize=4, label=label)
             axis.fill_between(place, values.min(axis=1), values.max(axis=1), color=line.get_color(), alpha=0.15)
@@ -212,7 +231,7 @@ def accuracy_over_blocks(logs: dict):
     return figure
 
 
-def confusion(counts, classes):
+def confusion(counts: np.ndarray | pd.DataFrame, classes: list[str]) -> Figure:
     """Confusion matrix of counts [true, predicted], as shares of each true class in percent."""
     counts = np.asarray(counts)
     share = 100 * counts / counts.sum(1, keepdims=True).clip(1)
@@ -233,7 +252,7 @@ def confusion(counts, classes):
 class LiveCurve:
     """Redraws a curve in an open notebook while a loop runs: pass it as ``on_epoch``. At most one drawing a second."""
 
-    def __init__(self, **columns):
+    def __init__(self, **columns: str):
         """``columns``: log column -> axis label, one panel each."""
         self.columns, self.handle, self.drawn = columns, None, 0.0
         if interactive():

@@ -5,6 +5,8 @@ share (initial weights, labelled images, order). Where a question has several ar
 and with them its verdicts, hold jointly: each is at the level 1 - 0.05 / arms (Bonferroni).
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -16,13 +18,13 @@ PAIRED = ("data_digest", "device", "precision", "versions", "code")  # what the 
 UNDECIDED = "undecided at this scale"
 
 
-def interval(values, level: float = LEVEL) -> tuple[float, float, float]:
+def interval(values: Iterable[float], level: float = LEVEL) -> tuple[float, float, float]:
     """Mean and its Student-t interval; the interval is not a number for fewer than two values."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return float(values.mean()) if len(values) else np.nan, np.nan, np.nan
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return values.mean(), values.mean() - half, values.mean() + half
+    array = np.array(list(values), dtype=float)
+    if len(array) < 2:
+        return float(array.mean()) if len(array) else np.nan, np.nan, np.nan
+    half = stats.t.ppf((1 + level) / 2, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array))
+    return array.mean(), array.mean() - half, array.mean() + half
 
 
 def verdict(low: float, high: float, paper_difference: float) -> str:

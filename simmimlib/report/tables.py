@@ -28,7 +28,7 @@ def origin_of(runs: pd.DataFrame) -> list[str]:
     """Where all runs come from, a line for each combination of device, precision, versions, commit and data."""
     names = [name for name in ("data", "device", "precision", "versions", "commit", "code") if name in runs]
     lines = []
-    for values, group in runs.fillna("?").groupby(names, sort=False):
+    for values, group in runs[names].astype(str).groupby(names, sort=False):
         said = dict(zip(names, values, strict=True))
         said |= {name: f"{name} {said[name]}" for name in ("commit", "code") if name in said}
         lines.append(f"- {len(group)} runs: {', '.join(map(str, said.values()))}")

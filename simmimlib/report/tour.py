@@ -1,6 +1,6 @@
 """What ``notebooks/00_tour.ipynb`` starts from: one picture and an untrained encoder."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,10 @@ class TourSettings(Settings):
     """Settings of ``notebooks/00_tour.ipynb``."""
 
     picture: str = setting("", "path of a picture of your own; empty means one scikit-learn ships")
-    encoder: str = setting("swin_tiny_patch4_window7_224", "a timm ViT, DeiT, BEiT, Swin, SwinV2 | simmim_vit_base")
-    encoder_kwargs: dict = setting({"window_size": 6}, "changes to that timm model")
+    encoder: str = setting("swin_tiny_patch4_window7_224", "timm's ViT, DeiT, BEiT, Swin or SwinV2")
+    encoder_kwargs: dict = setting({"window_size": 6}, "changes to that timm model")  # noqa: RUF009
     image_size: int = setting(192, "pixels, a multiple of mask_patch_size and the encoder's stride")
-    mask_patch_size: int = setting(32, "side of a mask patch, pixels; a multiple of the encoder's patch")
+    mask_patch_size: int = setting(32, "side of a mask patch, pixels; n times the encoder's")
     mask_ratio: float = setting(0.6, "share of the mask patches to hide, above 0 and at most 1")
     seed: int = setting(0, "of the masks and of the untrained weights")
 
@@ -46,7 +46,9 @@ class TourSettings(Settings):
             image = Image.fromarray(load_sample_image("china.jpg"))
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side)).resize((self.image_size,) * 2, Image.Resampling.BICUBIC)
+        image = image.crop((left, top, left + side, top + side)).resize(
+            (self.image_size,) * 2, Image.Resampling.BICUBIC
+        )
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
         mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
         nothing = Split(*[np.empty(0)] * 4)

@@ -44,7 +44,7 @@ def block_features(model: nn.Module, images: Tensor, blocks: Collection[int]) ->
         if number in blocks
     ]
     try:
-        outputs[0] = model.forward_features(images)
+        outputs[0] = model.forward_features(images)  # type: ignore[operator]
     finally:
         for hook in hooks:
             hook.remove()
@@ -53,7 +53,9 @@ def block_features(model: nn.Module, images: Tensor, blocks: Collection[int]) ->
 
 
 @torch.inference_mode()
-def extract(model: nn.Module, batches: Batches, dtype: torch.dtype, blocks: Collection[int] = (0,)) -> dict[int, Tensor]:
+def extract(
+    model: nn.Module, batches: Batches, dtype: torch.dtype, blocks: Collection[int] = (0,)
+) -> dict[int, Tensor]:
     """Features [N, D] of all images, in evaluation mode, in the order of their split, float32, in every process."""
     model.eval()
     found: dict[int, Tensor] = {}

@@ -52,7 +52,14 @@ def _finetune(settings: FinetuneSettings, on_epoch: Callable | None = None) -> d
         split = split.select(labelled_subset(split.labels, settings.labelled_images, settings.seed))
     batches = training_batches(settings, split, data, device)
     cut = {"crop_pct": settings.crop_pct, "interpolation": settings.interpolation, "files": settings.source == "files"}
-    validation = validation_batches(data.val, data, settings.image_size, VALIDATION_BATCH, device, **cut)
+    validation = validation_batches(
+        data.val,
+        data,
+        settings.image_size,
+        VALIDATION_BATCH,
+        device,
+        **cut,  # type: ignore[arg-type]
+    )
     loss, augment = recipe(settings, len(data.classes), device)
     rate = scale_rate(settings.base_lr, settings.batch_size)
     groups = parameter_groups(model, rate, settings.weight_decay, settings.layer_decay)
@@ -101,7 +108,7 @@ def recipe(settings: FinetuneSettings, num_classes: int, device: torch.device) -
     mix, criterion = None, LabelSmoothingCrossEntropy(settings.smoothing)
     if settings.mixup or settings.cutmix:
         mix = Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=num_classes)
-        criterion = SoftTargetCrossEntropy()
+        criterion = SoftTargetCrossEntropy()  # type: ignore[assignment]
     erase = RandomErasing(settings.random_erasing, mode="pixel", device=device)
 
     def augment(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,14 @@ already dropped a little when the warm-up ends.
 """
 
 import re
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from torch import nn
+
+if TYPE_CHECKING:
+    from simmimlib.train.settings import TrainSettings
 
 SCHEDULES = ("cosine", "step")
 
@@ -21,7 +25,7 @@ def scale_rate(rate: float, batch_size: int) -> float:
     return rate * batch_size / 512
 
 
-def not_decayed(model: nn.Module, pretraining: bool) -> set[str]:
+def not_decayed(model: Any, pretraining: bool) -> set[str]:
     """Names of parameters with two or more dimensions that are exempt from weight decay."""
     is_swin = hasattr(model, "layers")
     names = set(model.no_weight_decay())
@@ -48,19 +52,23 @@ def layer_id(name: str, depths: list[int]) -> int:
     return sum(depths) + 1
 
 
-def block_depths(model: nn.Module) -> list[int]:
+def block_depths(model: Any) -> list[int]:
     return [len(stage.blocks) for stage in model.layers] if hasattr(model, "layers") else [len(model.blocks)]
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layer_decay=1.0, pretraining=False) -> list:
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, layer_decay: float = 1.0, pretraining: bool = False
+) -> list[dict[str, Any]]:
     """Optimiser groups, one for each layer and for decayed / not decayed parameters.
 
     ``model`` is a ``SimMIM`` in pre-training and a timm model in fine-tuning.
     """
-    timm_model, prefix = (model.encoder.model, "encoder.model.") if pretraining else (model, "")
+    timm_model, prefix = (
+        (model.encoder.model, "encoder.model.") if pretraining else (model, "")  # type: ignore[union-attr]
+    )
     exempt, depths = not_decayed(timm_model, pretraining), block_depths(timm_model)
     top = sum(depths) + 1
-    groups = {}
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for full_name, parameter in model.named_parameters():
         name = full_name.removeprefix(prefix)
         decayed = parameter.ndim > 1 and not name.endswith(".bias") and name not in exempt
@@ -70,18 +78,20 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layer_dec
     return list(groups.values())
 
 
-def create_optimizer(groups: list) -> torch.optim.Optimizer:
+def create_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
-def create_schedule(optimizer, settings, steps_per_epoch: int):
+def create_schedule(
+    optimizer: torch.optim.Optimizer, settings: "TrainSettings", steps_per_epoch: int
+) -> CosineLRScheduler | MultiStepLRScheduler:
     """A timm scheduler; call its ``step_update(step)`` before each step, counting from 0.
 
     Reads ``schedule``, ``epochs``, ``warmup_epochs``, ``base_warmup_lr``, ``base_min_lr``, ``batch_size`` and
     ``decay_epoch`` of the loop's settings. ``"cosine"`` falls to the minimum over the run; ``"step"`` multiplies by
     0.1 at ``decay_epoch``.
     """
-    common = {
+    common: dict[str, Any] = {
         "warmup_t": round(settings.warmup_epochs * steps_per_epoch),
         "warmup_lr_init": scale_rate(settings.base_warmup_lr, settings.batch_size),
         "warmup_prefix": False,

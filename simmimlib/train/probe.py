@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
@@ -70,26 +70,26 @@ def probe_blocks(settings: ProbeSettings) -> dict:
     return launch(_probe_blocks, settings)
 
 
-def _knn(settings: ProbeSettings, on_epoch=None) -> dict:
+def _knn(settings: ProbeSettings, on_epoch: None = None) -> dict:
     frozen = _Frozen(settings, [settings.block])
     own = {"k": settings.k, "temperature": settings.temperature}
     return frozen.write("knn.json", {"top1": frozen.knn(settings.block), **frozen.about(settings.block), **own})
 
 
-def _linear_probe(settings: ProbeSettings, on_epoch=None) -> dict:
+def _linear_probe(settings: ProbeSettings, on_epoch: None = None) -> dict:
     frozen = _Frozen(settings, [settings.block], fewest=2)
     top1, strength = frozen.linear(settings.block)
     return frozen.write("linear_probe.json", {"top1": top1, **frozen.about(settings.block), "C": strength})
 
 
-def _probe_blocks(settings: ProbeSettings, on_epoch=None) -> dict:
+def _probe_blocks(settings: ProbeSettings, on_epoch: None = None) -> dict:
     frozen, rows = _Frozen(settings, None, fewest=2), []
     for block in sorted(frozen.train):
         linear, strength = frozen.linear(block)
         rows.append({**frozen.about(block), "knn": frozen.knn(block), "linear": linear, "C": strength})
         if rank() == 0:
             print(f"probe block {block}: k-NN {rows[-1]['knn']:.2f}, linear {linear:.2f}", flush=True)
-    metrics = {}
+    metrics: dict[str, float] = {}
     for probe in ("knn", "linear"):
         of = {row["block"]: row[probe] for row in rows}
         best = max((block for block in of if block > 0), key=lambda block: of[block])
@@ -133,7 +133,14 @@ class _Frozen:
     def _batches(self, split: Split) -> Batches:
         settings = self.settings
         cut = {"crop_pct": settings.crop_pct, "interpolation": settings.interpolation}
-        return validation_batches(split, self.data, settings.image_size, settings.batch_size, self.device, **cut)
+        return validation_batches(
+            split,
+            self.data,
+            settings.image_size,
+            settings.batch_size,
+            self.device,
+            **cut,  # type: ignore[arg-type]
+        )
 
     def _pixels(self, split: Split) -> Tensor:
         batches = self._batches(split)
@@ -157,7 +164,7 @@ class _Frozen:
             classifier, strength = fit_linear(train, np.array(self.split.labels), self.settings.seed)
             result = [(100 * float((classifier.predict(val) == self.data.val.labels).mean()), strength)]
         if self.group:
-            dist.broadcast_object_list(result, group=self.group)
+            dist.broadcast_object_list(result, group=self.group)  # type: ignore[arg-type]
         return result[0]
 
     def about(self, block: int) -> dict:
@@ -202,7 +209,7 @@ def weighted_vote(train: Tensor, labels: Tensor, queries: Tensor, k: int, temper
     return torch.cat(predicted)
 
 
-def fit_linear(features: np.ndarray, labels: np.ndarray, seed: int):
+def fit_linear(features: np.ndarray, labels: np.ndarray, seed: int) -> tuple[Pipeline, float]:
     """Logistic regression on standardised features [N, D] and labels [N]: the classifier and its C.
 
     C is the one of ``STRENGTHS`` that does best on a held-out tenth of these (training) images, the strongest of equal
@@ -212,7 +219,7 @@ def fit_linear(features: np.ndarray, labels: np.ndarray, seed: int):
     order = order[np.argsort(labels[order], kind="stable")]  # by class, so that each tenth image holds out of all
     held = np.isin(np.arange(len(labels)), order[::10])
 
-    def fit(strength, rows):
+    def fit(strength: float, rows: np.ndarray | slice) -> Pipeline:
         classifier = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
         return classifier.fit(features[rows], labels[rows])
 

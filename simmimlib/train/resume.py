@@ -76,8 +76,8 @@ class RollingCheckpoint:
                 shutil.rmtree(other, ignore_errors=True)
             elif read_json(other / "run.json").get("out") == self.out:
                 yield (
-                    f"an unfinished run for {self.out} with other settings, data or code is not resumed; its checkpoint "
-                    f"{checkpoints[0]} is kept for {KEEP_DAYS} days"
+                    f"an unfinished run for {self.out} with other settings, data or code is not resumed; its "
+                    f"checkpoint {checkpoints[0]} is kept for {KEEP_DAYS} days"
                 )
 
     def files(self) -> list[Path]:

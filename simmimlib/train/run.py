@@ -1,4 +1,4 @@
-"""A run: its optimiser and schedule, how far it is, how it is saved, resumed and logged. ``loop.py`` is what trains it."""
+"""A run: its optimiser and schedule, how far it is, how it is saved, resumed and logged. ``loop.py`` trains it."""
 
 import contextlib
 import math
@@ -92,7 +92,9 @@ class Run:
         self.parts = max(1, math.ceil(size / ranks / micro_batch()))  # that a batch goes through the model in
         self.rolling = RollingCheckpoint(identity(title, settings, packed, starts_from), settings.out)
         self.watch = LossWatch(len(batches), self.device)
-        self.step, self.rows, self.skipped = 0, [], []
+        self.step = 0
+        self.rows: list[dict] = []
+        self.skipped: list[int] = []
 
     @property
     def rate(self) -> float:
@@ -124,7 +126,13 @@ class Run:
                 dist.barrier()  # all have looked before one writes
             reached = (saved["images"], saved["seconds"]) if saved else (0, 0.0)
             images = count * self.batches.batch_size  # an epoch
-            self.progress = Progress(self.title, settings.epochs, images, *reached, quiet=rank() > 0)
+            self.progress = Progress(
+                self.title,
+                settings.epochs,
+                images,
+                *reached,
+                quiet=rank() > 0,  # type: ignore[misc]
+            )
             stack.callback(self.progress.close)
             if saved:
                 self.restore(saved)
@@ -138,7 +146,7 @@ class Run:
             self.open = stack.pop_all()
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         with self.open:
             if kind is None and rank() == 0:
                 self.rolling.remove()

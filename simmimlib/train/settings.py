@@ -29,8 +29,8 @@ class RunSettings(Settings):
     """The settings that every run has."""
 
     data: str = setting("mnist5k", "a folder packed by 01_data; mnist5k is packed on first use")
-    encoder: str = setting("vit_tiny_patch16_224", "a timm ViT, DeiT, BEiT, Swin, SwinV2 | simmim_vit_base")
-    encoder_kwargs: dict = setting(SMALL_VIT, "changes to that timm model")
+    encoder: str = setting("vit_tiny_patch16_224", "timm's ViT, DeiT, BEiT, Swin | simmim_vit_base")
+    encoder_kwargs: dict = setting(SMALL_VIT, "changes to that timm model")  # noqa: RUF009
     image_size: int = setting(32, "pixels, a multiple of the encoder's stride")
     precision: str = setting("auto", "auto (bfloat16 on a GPU that has it) | float32 | bfloat16")
     seed: int = setting(0, "of everything random")
@@ -82,7 +82,7 @@ class PretrainSettings(TrainSettings):
     mask_patch_size: int = setting(8, "side of a mask patch, pixels (paper: 32 at 192)")
     mask_ratio: float = setting(0.5, "share of the mask patches to hide (paper: 0.6)")
     mask_strategy: str = setting("random", "random | square | block")
-    head: str = setting("linear", "linear | mlp | blocks_1, _2, _4, _8 | inverse_swin_t | inverse_swin_b")
+    head: str = setting("linear", "linear | mlp | blocks_1, _2, _4, _8 | inverse_swin_t, _b")
     loss: str = setting("l1", "l1 | l2 | smooth_l1")
     beta: float = setting(1.0, "where smooth_l1 turns from quadratic to linear")
     scope: str = setting("masked", "masked (predict what is hidden) | all (reconstruct everything)")
@@ -105,7 +105,7 @@ class PretrainSettings(TrainSettings):
         with torch.device("meta"):  # names and sizes that do not fit stop here, before any data is read
             self.masks(self.model().encoder.patch_size)
 
-    def model(self, in_chans: int = 3, mean: float | list = 0.5, std: float | list = 0.25) -> SimMIM:
+    def model(self, in_chans: int = 3, mean: float | list[float] = 0.5, std: float | list[float] = 0.25) -> SimMIM:
         """The untrained model; ``mean`` and ``std`` are the data set's."""
         kwargs = {"drop_path_rate": self.drop_path, **self.encoder_kwargs}
         encoder = create_encoder(self.encoder, self.image_size, in_chans, **kwargs)

@@ -9,10 +9,18 @@ import pandas as pd
 import pytest
 import torch
 
-from simmimlib.finetune import finetune
-from simmimlib.launch import launch, process_count, read_slurm
-from simmimlib.pretrain import pretrain
-from test_training import finetune_settings, pretrain_settings
+from simmimlib.machine.distributed import (
+    launch,
+    local_shard,
+    process_count,
+    rank,
+    read_slurm,
+    sum_over_ranks,
+    world_size,
+)
+from simmimlib.train.finetune import finetune
+from simmimlib.train.pretrain import pretrain
+from small_runs import finetune_settings, pretrain_settings
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +40,7 @@ def compare(tmp_path, run, settings, packed, monkeypatch, **changes):
     return one, two
 
 
+@pytest.mark.slow
 def test_two_processes_pretrain_as_one(tmp_path, packed_folder, monkeypatch):
     changes = {"epochs": 6, "crop_scale": 0.5, "flip": True}
     one, two = compare(tmp_path, pretrain, pretrain_settings, packed_folder, monkeypatch, **changes)
@@ -39,6 +48,7 @@ def test_two_processes_pretrain_as_one(tmp_path, packed_folder, monkeypatch):
     assert two == json.loads((tmp_path / "two/metrics.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_processes_finetune_as_one(tmp_path, packed_folder, monkeypatch):
     changes = {"epochs": 6, "crop_scale": 0.5, "eval_epochs": 2}
     one, two = compare(tmp_path, finetune, finetune_settings, packed_folder, monkeypatch, **changes)
@@ -47,11 +57,21 @@ def test_two_processes_finetune_as_one(tmp_path, packed_folder, monkeypatch):
     assert confusion[0].equals(confusion[1]) and confusion[1].to_numpy().sum() == 16, "validation is shared out"
 
 
+@pytest.mark.slow
+def test_two_processes_accumulate_as_one(tmp_path, packed_folder, monkeypatch):
+    """Gradients are exchanged with the last part alone."""
+    monkeypatch.setenv("SIMMIM_MICRO_BATCH", "3")
+    one, two = compare(tmp_path, pretrain, pretrain_settings, packed_folder, monkeypatch, epochs=4)
+    assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-3)
+
+
+@pytest.mark.slow
 def test_under_torchrun(tmp_path, packed_folder):
     """Every process runs the same script, as on several machines."""
     settings = pretrain_settings(packed_folder, tmp_path / "run", epochs=2)
     (tmp_path / "script.py").write_text(
-        "import json, sys\nfrom simmimlib.pretrain import PretrainSettings, pretrain\n"
+        "import json, sys\nfrom simmimlib.train.pretrain import pretrain\n"
+        "from simmimlib.train.settings import PretrainSettings\n"
         "metrics = pretrain(PretrainSettings.from_values(json.loads(sys.argv[1])))\n"
         "assert metrics['images_seen'] == 32\n"
     )
@@ -62,20 +82,22 @@ def test_under_torchrun(tmp_path, packed_folder):
     assert (tmp_path / "run/metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared(tmp_path, packed_folder, monkeypatch):
     monkeypatch.setenv("SIMMIM_PROCESSES", "2")
     with pytest.raises(Exception, match="batch_size = 5: must be a multiple of 2 processes"):
         pretrain(pretrain_settings(packed_folder, tmp_path / "run", batch_size=5))
 
 
-def test_two_processes_go_on_after_a_kill(tmp_path, packed_folder, monkeypatch, capfd):
+@pytest.mark.slow
+def test_two_processes_resume_after_a_kill(tmp_path, packed_folder, monkeypatch, capfd):
     """Also with another number of processes: it is no part of a run's identity."""
     script = (
-        "import json, os, sys\nfrom simmimlib import training\n"
-        "training.CHECK_STEPS, training.SAVE_SECONDS, training.SAVE_SHARE = 2, 0.0, 1e9\n"
-        "step = training.Training._step\n"
-        "training.Training._step = lambda self, *a: os.kill(os.getpid(), 9) if self.step == 7 else step(self, *a)\n"
-        "from simmimlib.pretrain import PretrainSettings, pretrain\n"
+        "import json, os, sys\nfrom simmimlib.train import guards, loop, resume\n"
+        "guards.CHECK_STEPS, resume.SAVE_SECONDS, resume.SAVE_SHARE = 2, 0.0, 1e9\n"
+        "step = loop.forward_backward\n"
+        "loop.forward_backward = lambda run, *a: os.kill(os.getpid(), 9) if run.step == 7 else step(run, *a)\n"
+        "from simmimlib.train.pretrain import pretrain\nfrom simmimlib.train.settings import PretrainSettings\n"
         "pretrain(PretrainSettings.from_values(json.loads(sys.argv[1])))\n"
     )
     (tmp_path / "script.py").write_text(script)
@@ -86,14 +108,16 @@ def test_two_processes_go_on_after_a_kill(tmp_path, packed_folder, monkeypatch, 
     assert done.returncode != 0
     monkeypatch.setenv("SIMMIM_PROCESSES", "2")
     assert pretrain(settings)["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-3)
-    assert "going on after step 6 of 12" in capfd.readouterr().out
+    assert "resuming after step 6 of 12" in capfd.readouterr().out
     assert len(pd.read_csv(tmp_path / "run/log.csv")) == 6
 
 
+@pytest.mark.slow
 def test_two_processes_save_when_they_are_stopped(tmp_path, packed_folder):
     settings = pretrain_settings(packed_folder, tmp_path / "run", epochs=500)
     (tmp_path / "script.py").write_text(
-        "import json, sys\nfrom simmimlib.pretrain import PretrainSettings, pretrain\n"
+        "import json, sys\nfrom simmimlib.train.pretrain import pretrain\n"
+        "from simmimlib.train.settings import PretrainSettings\n"
         "if __name__ == '__main__':\n    pretrain(PretrainSettings.from_values(json.loads(sys.argv[1])))\n"
     )
     command = [sys.executable, "script.py", json.dumps(vars(settings))]
@@ -107,7 +131,7 @@ def test_two_processes_save_when_they_are_stopped(tmp_path, packed_folder):
     assert process.returncode != 0
     done = subprocess.run(command, **options, env=environment)
     assert done.returncode == 0, done.stdout
-    step = int(done.stdout.partition("going on after step ")[2].partition(" of 1000")[0])
+    step = int(done.stdout.partition("resuming after step ")[2].partition(" of 1000")[0])
     assert 0 < step < 1000 and (tmp_path / "run/metrics.json").exists()
 
 
@@ -137,3 +161,9 @@ def test_one_device_runs_in_this_process(monkeypatch):
     monkeypatch.setenv("SIMMIM_PROCESSES", "two")
     with pytest.raises(ValueError, match="SIMMIM_PROCESSES = 'two': must be a number above 0"):
         process_count()
+
+
+def test_alone_a_process_has_all():
+    values = torch.arange(5)
+    assert (rank(), world_size()) == (0, 1)
+    assert local_shard(values).equal(values) and sum_over_ranks(values.clone()).equal(values)

@@ -1,6 +1,6 @@
 """Kills a training run at random moments, starts it again each time, and prints how often (used by test_resume.py).
 
-    python tests/killed_runs.py pretrain '{"out": ..., ...}' 20
+    python tests/train/killed_runs.py pretrain '{"out": ..., ...}' 20
 
 Imports once and forks each attempt, since only the children ever compute.
 """
@@ -12,16 +12,17 @@ import signal
 import sys
 import time
 
-from simmimlib import training
-from simmimlib.finetune import FinetuneSettings, finetune
-from simmimlib.pretrain import PretrainSettings, pretrain
+from simmimlib.train import guards, resume
+from simmimlib.train.finetune import finetune
+from simmimlib.train.pretrain import pretrain
+from simmimlib.train.settings import FinetuneSettings, PretrainSettings
 
 LOOPS = {"pretrain": (PretrainSettings, pretrain), "finetune": (FinetuneSettings, finetune)}
 
 
 def main(loop: str, values: str, kills: int) -> None:
     settings, run = LOOPS[loop]
-    training.CHECK_STEPS, training.SAVE_SECONDS, training.SAVE_SHARE = 2, 0.0, 1e9  # save at every second step
+    guards.CHECK_STEPS, resume.SAVE_SECONDS, resume.SAVE_SHARE = 2, 0.0, 1e9  # save at every second step
     moments, finished = random.Random(0), 0
     while kills:
         child = os.fork()

@@ -1,11 +1,11 @@
 import math
+from collections import Counter
 
-import numpy as np
 import pytest
 import torch
-from scipy.ndimage import distance_transform_edt
 
-from simmimlib.masking import STRATEGIES, MaskGenerator, avg_dist, upsample_mask
+from simmimlib.model.avgdist import avg_dist
+from simmimlib.model.masking import STRATEGIES, MaskGenerator, upsample_mask
 
 
 def test_official_count(generator):
@@ -63,17 +63,34 @@ def test_rectangular_images(generator):
         assert mask.shape == (4, 16, 40) and (mask.sum((1, 2)) == 20 * 16).all()
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_avg_dist_is_the_exact_distance_transform(strategy, generator):
-    mask = MaskGenerator((96, 128), 16, 4, 0.6, strategy)(6, generator)
-    pixels = upsample_mask(mask, 4)[:, 0].numpy()
-    expected = [distance_transform_edt(image)[image].mean() for image in pixels]
-    np.testing.assert_allclose(avg_dist(mask, 4), expected, rtol=1e-5)
+@pytest.mark.parametrize(
+    ("grid", "count", "box"),
+    [((6, 6), 9, (3, 3)), ((6, 6), 10, (4, 3)), ((3, 10), 16, (3, 6)), ((10, 2), 10, (5, 2)), ((2, 10), 10, (2, 5))],
+)
+def test_a_square_that_is_none_leaves_the_end_of_its_last_row(grid, count, box, generator):
+    """On grids that are too narrow it becomes a rectangle."""
+    masks = MaskGenerator((grid[0] * 4, grid[1] * 4), 4, 4, count / (grid[0] * grid[1]), "square")(20, generator)
+    for mask in masks:
+        rows, cols = mask.any(1).nonzero(), mask.any(0).nonzero()
+        inside = mask[rows.min() : rows.max() + 1, cols.min() : cols.max() + 1]
+        assert inside.shape == box and inside.flatten()[:count].all() and inside.sum() == count == mask.sum()
 
 
-def test_avg_dist_at_the_ends():
-    nothing, everything = torch.zeros(1, 4, 4, dtype=torch.bool), torch.ones(1, 4, 4, dtype=torch.bool)
-    assert avg_dist(nothing, 8).item() == 0 and avg_dist(everything, 8).item() == math.inf
+def test_a_square_may_be_anywhere(generator):
+    masks = MaskGenerator((20, 16), 4, 4, 4 / 20, "square")(6000, generator)  # 2 x 2 of 5 x 4
+    places, counts = masks.flatten(1).unique(dim=0, return_counts=True)
+    assert len(places) == 4 * 3 and (counts / 6000 - 1 / 12).abs().max() < 0.02
+
+
+def test_blocks_are_rectangles_of_beits_sizes_and_shapes(generator):
+    """At least 4 patches each, up to about three times as long as wide, either way."""
+    boxes = Counter()
+    for mask in MaskGenerator(48, 4, 4, 4 / 144, "block")(2000, generator):  # 4 of 12 x 12: most are one rectangle
+        rows, cols = mask.any(1).nonzero(), mask.any(0).nonzero()
+        boxes[(rows.max() - rows.min() + 1).item(), (cols.max() - cols.min() + 1).item()] += 1
+    assert 0.36 < boxes[2, 2] / 2000 < 0.52  # log-uniform aspect: 42 % and what two rectangles make by chance
+    assert boxes[1, 4] / 2000 > 0.02 and boxes[4, 1] / 2000 > 0.02
+    assert sum(count for (height, width), count in boxes.items() if height * width == 4) / 2000 > 0.45
 
 
 @pytest.mark.parametrize(

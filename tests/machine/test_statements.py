@@ -1,0 +1,74 @@
+"""What counts as a change of code."""
+
+import json
+
+import pytest
+
+from simmimlib.machine.statements import GROUPS, LIBRARY, TRAINING, group_statements, notebook_statements, statements
+
+SOURCE = '''"""A module."""
+from settings import setting
+
+
+class A:
+    """A class."""
+
+    x: float = setting(1.0, "explained")
+
+    def f(self, y: int) -> int:
+        """A method."""
+        return y + 1  # a comment
+'''
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"""A module."""', '"""Another module."""'),
+        ('"""A class."""', '"""Another.\n\n    Longer.\n    """'),
+        ('        """A method."""\n', ""),
+        ("# a comment", "# another"),
+        ("y + 1", "(y\n            + 1)"),
+        ("\n\n\n", "\n"),
+        ("y: int) -> int", "y: float) -> float"),
+        ('"explained"', '"explained better"'),
+    ],
+)
+def test_prose_layout_and_types_of_arguments_do_not_count(before, after):
+    assert before in SOURCE
+    assert statements(SOURCE.replace(before, after)) == statements(SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("y + 1", "y + 2"), ("setting(1.0", "setting(2.0"), ("x: float", "x: int"), ("def f(self, y", "def f(self, y=3")],
+)
+def test_statements_count(before, after):
+    assert before in SOURCE
+    assert statements(SOURCE.replace(before, after)) != statements(SOURCE)
+
+
+def test_a_function_of_nothing_but_a_docstring_stays_one():
+    compile(statements('def f():\n    """Nothing."""\n'), "f", "exec")
+
+
+def test_every_module_that_moves_numbers_is_in_one_group():
+    found = {}
+    for group in GROUPS:
+        for line in group_statements(group).splitlines():
+            if line.startswith("# "):
+                found.setdefault(line[2:], []).append(group)
+    assert all(len(groups) == 1 for groups in found.values()), found
+    trained = {name for name, (group,) in found.items() if group in (*TRAINING, "packing")}
+    wings = {p.relative_to(LIBRARY).as_posix() for wing in ("model", "data", "train") for p in LIBRARY.glob(f"{wing}/*.py")}
+    assert wings | {"settings.py", "machine/device.py", "machine/distributed.py"} <= trained
+
+
+def test_a_notebook_counts_by_the_statements_of_its_cells(tmp_path):
+    def notebook(code, prose="# Title", outputs=()):
+        cells = [{"cell_type": "markdown", "source": [prose]}]
+        cells += [{"cell_type": "code", "source": [code], "outputs": list(outputs)}]
+        (tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}))
+        return notebook_statements(tmp_path / "n.ipynb")
+
+    assert notebook("a = 1  # one") == notebook("a = 1", "# Another title", ["seen"]) != notebook("a = 2")

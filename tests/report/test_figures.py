@@ -1,0 +1,66 @@
+import pandas as pd
+import pytest
+
+from conftest import ROOT
+from simmimlib.pipeline.arms import load_arms
+from simmimlib.report import figures
+from simmimlib.report.statistics import compare
+from tables_data import ARMS, runs
+
+
+@pytest.fixture
+def arms(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    return load_arms()
+
+
+def points_of(axis):
+    return sorted(tuple(line.get_xydata()[0].round(1)) for line in axis.get_lines() if line.get_marker() == "o")
+
+
+def test_accuracy_over_avg_dist_shows_the_mask_arms_on_the_relative_axis(arms):
+    frame = runs(default=[50, 65, 80], l2=[51, 66, 81], ratio_20=[48, 63, 77])
+    frame["pretrain_avg_dist"] = frame["arm"].map({"default": 2.4, "l2": 2.4, "ratio_20": 1.6})
+    ours, paper = figures.accuracy_over_avg_dist(compare(frame, ARMS), 32, arms).axes
+    assert points_of(ours) == [(5.0, 62.7), (7.5, 65.0)]
+    assert ours.get_xlabel() == "AvgDist of the masks, % of the image's side"
+    values = {tuple(xy) for line in paper.get_lines() for xy in line.get_xydata().round(1)}
+    assert any(abs(x - 8.2) < 0.15 and y == 82.8 for x, y in values), "15.7 of 192 pixels: the paper's default"
+    assert sum(y == 81.9 for _, y in values) == 1, "its worst, 4-pixel patches"
+
+
+def test_accuracy_over_images_seen_begins_untrained():
+    frame = runs(default=[50, 65, 80], scratch=[40, 50, 60])
+    frame["pretrain_images_seen"] = frame["arm"].map({"default": 72000, "scratch": 0})
+    frame["probe_linear"], frame["probe_knn"] = 40.0, 30.0
+    (axis,) = figures.accuracy_over_images_seen(compare(frame, ARMS)).axes
+    (line,) = (line for line in axis.get_lines() if len(line.get_xdata()) == 2 and line.get_linestyle() == "-")
+    assert line.get_xydata().tolist() == [[0, 50], [72, 65]]
+
+
+def test_accuracy_over_blocks_puts_the_output_last_and_draws_the_floor():
+    def blocks(shift):
+        rows = [(-1, 38, 37), (0, 40, 30), (1, 33, 24), (2, 41, 28)]
+        return pd.DataFrame([(b, lin + shift, knn) for b, lin, knn in rows], columns=["block", "linear", "knn"])
+
+    linear, knn = figures.accuracy_over_blocks({"Default": [blocks(0), blocks(2)]}).axes
+    (line,) = (line for line in linear.get_lines() if line.get_marker() == "o")
+    assert line.get_ydata().tolist() == [34, 42, 41]
+    assert [tick.get_text() for tick in linear.get_xticklabels()] == ["1", "2", "output"]
+    assert "raw pixels, 39.0" in [text.get_text() for text in linear.get_legend().get_texts()]
+    assert knn.get_title() == "k-NN"
+
+
+def test_arms_beside_the_paper_shows_all_values():
+    """No fixed axis that could hide an arm far from the others."""
+    frame = runs(default=[50, 52, 54], scratch=[5, 6, 7], l2=[95, 96, 97])
+    ours, paper = figures.arms_beside_paper(compare(frame, ARMS)).axes
+    for mean in (6, 52, 96):
+        assert ours.get_xlim()[0] < mean < ours.get_xlim()[1]
+    assert paper.get_xlim()[0] < 82.7 < paper.get_xlim()[1]
+
+
+def test_curves_of_logs_that_were_not_validated_every_epoch():
+    log = pd.DataFrame({"epoch": [1, 2, 3], "top1": [None, 40.0, 50.0]})
+    (axis,) = figures.curves({"Default": [log]}, "top1", "top-1, %").axes
+    assert axis.get_lines()[0].get_xydata().tolist() == [[2, 40], [3, 50]]

@@ -1,0 +1,85 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from simmimlib.report.statistics import compare, interval, verdict
+from tables_data import ARMS, runs
+
+
+def test_interval_is_students():
+    """Mean 2, standard deviation 1, three values: 2 +- 4.303 / sqrt(3)."""
+    assert interval([1, 2, 3]) == pytest.approx((2, 2 - 2.4841, 2 + 2.4841), abs=1e-3)
+    assert np.isnan(interval([5])[1])
+
+
+def test_differences_are_paired_by_seed():
+    """Seeds differ by 30 points, arms by exactly 2: the paired interval does not see the seeds."""
+    table = compare(runs(default=[50, 65, 80], scratch=[40, 55, 70], reconstruct_all=[48, 63, 78]), ARMS)
+    table = table.set_index("arm")
+    row = table.loc["reconstruct_all"]
+    assert row["difference"] == row["difference_low"] == row["difference_high"] == pytest.approx(-2)
+    assert row["paper_difference"] == pytest.approx(-1.1) and row["verdict"] == "agrees"
+    assert table.loc["default", "high"] - table.loc["default", "low"] > 50
+    assert table.loc["scratch", "verdict"] == "not in the paper"
+    assert "l2" not in table.index
+
+
+def test_verdicts_of_a_question_hold_jointly():
+    """Two arms: each difference at 97.5 %, whose t for three pairs is 6.205; alone it is 4.303."""
+    frame = runs(default=[50, 60, 70], l2=[50, 61, 72], smooth_l1=[50, 61, 72], reconstruct_all=[50, 61, 72])
+    table = compare(frame, ARMS).set_index("arm")
+    half = table["difference_high"] - table["difference"]
+    assert half["l2"] == half["smooth_l1"] == pytest.approx(6.2053 / np.sqrt(3), abs=1e-3)
+    assert half["reconstruct_all"] == pytest.approx(4.3027 / np.sqrt(3), abs=1e-3)
+    assert table.loc["l2", "level"] == pytest.approx(0.975)
+
+
+def test_a_missing_seed_is_left_out_of_the_pairs():
+    frame = runs(default=[50, 60, 70], l2=[51, 61, 71])
+    frame = frame[~((frame["arm"] == "l2") & (frame["seed"] == 2))]
+    row = compare(frame, ARMS).set_index("arm").loc["l2"]
+    assert row["seeds"] == row["pairs"] == 2 and row["difference"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["device", "precision", "versions", "code", "data_digest"])
+def test_pairs_that_differ_in_origin_are_counted(name):
+    frame = runs(default=[50, 60, 70], l2=[51, 61, 71])
+    assert compare(frame, ARMS).set_index("arm").loc["l2", "mixed"] == 0
+    frame.loc[(frame["arm"] == "l2") & (frame["seed"] == 1), name] = "another"
+    assert compare(frame, ARMS).set_index("arm").loc["l2", "mixed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "paper", "expected"),
+    [
+        (-2.0, -0.1, -1.1, "agrees"),
+        (0.1, 2.0, -1.1, "disagrees"),
+        (-0.4, 0.4, -1.1, "disagrees"),
+        (-2.0, 0.6, -1.1, "undecided at this scale"),
+        (-0.4, 0.3, -0.1, "agrees"),
+        (-0.4, 0.6, -0.1, "undecided at this scale"),
+        (0.6, 1.5, -0.1, "disagrees"),
+        (-9.0, -0.6, -0.1, "disagrees"),
+        (0.1, 2.0, 0.6, "agrees"),
+        (-2.0, -0.1, 0.6, "disagrees"),
+        (np.nan, np.nan, -0.1, "undecided at this scale"),
+        (1.0, 2.0, np.nan, "not in the paper"),
+    ],
+)
+def test_verdict(low, high, paper, expected):
+    assert verdict(low, high, paper) == expected
+
+
+def test_another_metric_is_compared_the_same_way():
+    frame = runs(default=[50, 60, 70], l2=[51, 61, 71]).assign(probe_linear=[10, 20, 30, 13, 23, 33])
+    table = compare(frame, ARMS, "probe_linear").set_index("arm")
+    assert table.loc["l2", "difference"] == pytest.approx(3) and table.loc["default", "mean"] == 20
+    frame.loc[0, "probe_linear"] = np.nan
+    assert compare(frame, ARMS, "probe_linear").set_index("arm").loc["l2", "pairs"] == 2
+
+
+def test_no_default():
+    with pytest.raises(ValueError, match="no finished run of the default arm"):
+        compare(runs(l2=[51, 66]), ARMS)
+    with pytest.raises(ValueError, match="no finished run of the default arm"):
+        compare(pd.DataFrame(), ARMS)

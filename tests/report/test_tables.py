@@ -1,0 +1,64 @@
+import pandas as pd
+import pytest
+
+from simmimlib.report.statistics import compare
+from simmimlib.report.tables import to_markdown, write_tables
+from tables_data import ARMS, runs
+
+
+@pytest.fixture
+def frame():
+    return runs(default=[50, 65, 80], l2=[51, 66, 81], reconstruct_all=[48, 63, 77])
+
+
+def markdown_of(frame, left_out=(), pictures=None):
+    return to_markdown(compare(frame, ARMS), "quick", frame, list(left_out), pictures or {})
+
+
+def test_a_row_of_the_table(frame):
+    markdown = markdown_of(frame)
+    assert "| L2 | 3 | 66.0 (28.7 to 103.3) | 67.0 | – | – | +1.0 (+1.0 to +1.0) | 82.7 | -0.1 | disagrees |" in markdown
+    assert "## Which loss?" in markdown and markdown.count("| Default | 3 |") == 2, "one table a question"
+
+
+def test_every_combination_of_machine_and_commit_is_named(frame):
+    assert "- 9 runs: digits, a CPU, float32, torch 2, commit abc, code def" in markdown_of(frame)
+    frame.loc[frame["arm"] == "l2", ["device", "commit"]] = ["a GPU", "xyz"]
+    markdown = markdown_of(frame)
+    assert "- 6 runs: digits, a CPU, float32, torch 2, commit abc, code def" in markdown
+    assert "- 3 runs: digits, a GPU, float32, torch 2, commit xyz, code def" in markdown
+    assert "+1.0 (+1.0 to +1.0) †" in markdown and "† the runs of some pairs differ in device" in markdown
+    assert "-2.3 (-3.8 to -0.9) |" in markdown, "the pairs of the other arm are of one machine"
+
+
+def test_what_is_left_out_is_named(frame):
+    assert "Not in the tables:\n\n- results/x/runs/l2-3 is left out: why" in markdown_of(
+        frame, ["results/x/runs/l2-3 is left out: why"]
+    )
+
+
+def test_floors_and_probes(frame):
+    frame["probe_linear"], frame["probe_knn"] = 41.25, 30.0
+    frame.loc[0, ["probe_linear_pixels", "probe_knn_pixels"]] = [38.4, 37.0]
+    markdown = markdown_of(frame)
+    assert "Raw pixels: linear probe 38.4, k-NN 37.0." in markdown
+    assert "| 67.0 | 41.2 | 30.0 |" in markdown
+
+
+def test_pictures_stand_with_their_question(frame):
+    markdown = markdown_of(frame, pictures={"": ["figures/arms.png"], "loss": ["figures/loss-top1.png"]})
+    assert markdown.index("![arms](figures/arms.png)") < markdown.index("## Which loss?")
+    assert markdown.index("| L2 |") < markdown.index("![loss top1](figures/loss-top1.png)")
+
+
+def test_files(tmp_path, frame):
+    table = compare(frame, ARMS)
+    write_tables(tmp_path, frame, table, markdown_of(frame))
+    again = compare(pd.read_csv(tmp_path / "runs.csv"), ARMS)
+    pd.testing.assert_frame_equal(again, table)  # runs.csv recomputes every verdict
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "ablations.csv",
+        "ablations.md",
+        "runs.csv",
+        "summary.json",
+    ]
