@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from simmimlib.model.heads import create_head as create_head
     from simmimlib.model.masking import MaskGenerator as MaskGenerator
     from simmimlib.model.simmim import SimMIM as SimMIM
-    from simmimlib.model.weights import export_timm as export_timm
-    from simmimlib.model.weights import load_checkpoint as load_checkpoint
-    from simmimlib.model.weights import save_timm as save_timm
     from simmimlib.notebook import from_notebook as from_notebook
     from simmimlib.train.finetune import finetune as finetune
     from simmimlib.train.pretrain import pretrain as pretrain
@@ -26,6 +23,9 @@ if TYPE_CHECKING:
     from simmimlib.train.settings import FinetuneSettings as FinetuneSettings
     from simmimlib.train.settings import PretrainSettings as PretrainSettings
     from simmimlib.train.settings import ProbeSettings as ProbeSettings
+    from simmimlib.weights.checkpoints import load_checkpoint as load_checkpoint
+    from simmimlib.weights.export import export_timm as export_timm
+    from simmimlib.weights.export import save_timm as save_timm
 
 _HOME = {
     "DataSettings": "data.sources",
@@ -37,15 +37,15 @@ _HOME = {
     "avg_dist": "model.avgdist",
     "create_encoder": "model.encoders",
     "create_head": "model.heads",
-    "export_timm": "model.weights",
+    "export_timm": "weights.export",
     "finetune": "train.finetune",
     "from_notebook": "notebook",
     "knn": "train.probe",
     "linear_probe": "train.probe",
-    "load_checkpoint": "model.weights",
+    "load_checkpoint": "weights.checkpoints",
     "pretrain": "train.pretrain",
     "probe_blocks": "train.probe",
-    "save_timm": "model.weights",
+    "save_timm": "weights.export",
 }
 __all__ = sorted(_HOME)
 

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
-from simmimlib.data.batches import Batches, PackedImages, training_batches
+from simmimlib.data.batches import Batches, training_batches
+from simmimlib.data.packed_images import PackedImages
 from simmimlib.data.packing import pack
 from simmimlib.data.sources import DataSettings
 

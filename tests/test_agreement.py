@@ -18,7 +18,8 @@ from conftest import ROOT
 from simmimlib import DataSettings, FinetuneSettings, PretrainSettings, ProbeSettings
 from simmimlib.machine.statements import LIBRARY
 from simmimlib.notebook import NOTEBOOKS, WIDTH, parameters_cell, settings_of
-from simmimlib.pipeline.arms import data_parameters, load_arms, load_profile, stage_parameters
+from simmimlib.pipeline.arms import data_parameters, load_arms, stage_parameters
+from simmimlib.pipeline.profiles import load_profile
 
 PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
 YAML_FILES = ["params.yaml", "arms.yaml", "dvc.yaml", *(f"profiles/{name}.yaml" for name in PROFILES)]
@@ -106,7 +107,8 @@ def test_dvc_yaml_is_short():
 
 
 def test_the_afternoons_read_is_short():
-    read = [*(LIBRARY / "model").glob("*.py"), *(LIBRARY / f"train/{name}.py" for name in ("loop", "pretrain", "finetune"))]
+    loops = [LIBRARY / f"train/{name}.py" for name in ("loop", "pretrain", "finetune")]
+    read = [*(LIBRARY / "model").glob("*.py"), *loops]
     assert sum(len(path.read_text().splitlines()) for path in read) <= 1200
 
 
@@ -117,15 +119,16 @@ def imports_of(path):
             yield node.module.removeprefix("simmimlib").removeprefix(".")
 
 
-ALLOWED = {  # pipeline -> train -> data, model -> machine, settings; report beside train, and neither knows the other
+ALLOWED = {  # pipeline -> train -> data, weights -> model -> machine; report beside train, and neither knows the other
     "settings": set(),
     "machine": {"settings"},
     "model": {"machine", "settings"},
+    "weights": {"model", "machine", "settings"},
     "data": {"machine", "settings"},
-    "train": {"data", "model", "machine", "settings"},
+    "train": {"data", "weights", "model", "machine", "settings"},
     "report": {"data", "model", "machine", "settings"},
     "notebook": {"machine", "settings"},
-    "pipeline": {"train", "report", "data", "model", "machine", "settings"},
+    "pipeline": {"train", "report", "data", "weights", "model", "machine", "settings"},
 }
 
 

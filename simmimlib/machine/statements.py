@@ -15,13 +15,17 @@ from pathlib import Path
 LIBRARY = Path(__file__).parents[1]
 # Group -> what belongs to it, as patterns below simmimlib/. Of the machine's matters those that can move a number.
 GROUPS = {
-    "model": ("model/*.py",),
+    "model": ("model/*.py", "weights/*.py"),
     "data": ("data/*.py",),
     "train": ("train/*.py",),
     "machine": ("settings.py", "machine/device.py", "machine/distributed.py"),
     "report": ("report/*.py",),
 }
-PACKING = ("data/sources.py", "data/packing.py")  # packing a large set takes hours: it has a group of its own
+PACKING = (
+    "data/sources.py",
+    "data/decoding.py",
+    "data/packing.py",
+)  # packing a large set takes hours: it has a group of its own
 GROUPS["packing"] = PACKING
 TRAINING = ("model", "data", "train", "machine")  # what a training run's numbers follow from, beside its images
 

@@ -27,7 +27,8 @@ import psutil
 
 from simmimlib.machine.files import project_root, write_csv, write_text
 from simmimlib.machine.signals import stop_signals
-from simmimlib.pipeline.arms import STAGES, check_packed, packed_folder, read_params, stage_parameters, wanted_runs
+from simmimlib.pipeline.arms import STAGES, packed_folder, stage_parameters, wanted_runs
+from simmimlib.pipeline.profiles import check_packed, read_params
 from simmimlib.report.runs import load_runs
 
 PATIENCE = 60  # seconds that a run has for saving

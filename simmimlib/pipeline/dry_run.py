@@ -8,7 +8,8 @@ from PIL import Image
 
 from simmimlib.data.packing import pack
 from simmimlib.data.sources import DataSettings
-from simmimlib.pipeline.arms import load_profile, stage_parameters
+from simmimlib.pipeline.arms import stage_parameters
+from simmimlib.pipeline.profiles import load_profile
 from simmimlib.train.finetune import finetune
 from simmimlib.train.pretrain import pretrain
 from simmimlib.train.settings import FinetuneSettings, PretrainSettings

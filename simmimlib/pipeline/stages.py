@@ -27,18 +27,9 @@ from pathlib import Path
 
 from simmimlib.machine.files import project_root, write_text
 from simmimlib.machine.statements import GROUPS, group_statements, notebook_statements
-from simmimlib.pipeline.arms import (
-    STAGES,
-    activate,
-    check_packed,
-    data_parameters,
-    read_params,
-    refresh,
-    run_folder,
-    stage_parameters,
-    wanted_runs,
-)
+from simmimlib.pipeline.arms import STAGES, data_parameters, run_folder, stage_parameters, wanted_runs
 from simmimlib.pipeline.execute import run_notebook
+from simmimlib.pipeline.profiles import activate, check_packed, read_params, refresh
 
 
 def run_stage(stage: str, arm: str, seed: int) -> None:

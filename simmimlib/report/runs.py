@@ -14,7 +14,16 @@ import pandas as pd
 from simmimlib.machine.files import read_json
 
 PRETRAIN = ("loss", "val_loss", "avg_dist", "parameters", "images_seen", "images_per_second", "wall_seconds")
-PROBE = ("knn", "knn_best", "knn_best_block", "knn_pixels", "linear", "linear_best", "linear_best_block", "linear_pixels")
+PROBE = (
+    "knn",
+    "knn_best",
+    "knn_best_block",
+    "knn_pixels",
+    "linear",
+    "linear_best",
+    "linear_best_block",
+    "linear_pixels",
+)
 ORIGIN = ("data", "data_digest", "device", "precision", "versions", "commit", "code")
 
 

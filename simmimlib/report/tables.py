@@ -47,8 +47,9 @@ def to_markdown(
     labelled = ", ".join(str(int(n)) for n in sorted(set(runs["labelled_images"])))
     lines = [f"# Ablations, profile {profile}", ""]
     lines += [
-        f"Top-1 on the validation images in percent, after the last epoch of fine-tuning on {labelled} labelled images; "
-        f"beside it the best of the validated epochs, and the linear probe and k-NN of the frozen encoder's output. "
+        f"Top-1 on the validation images in percent, after the last epoch of fine-tuning on {labelled} labelled "
+        "images; beside it the best of the validated epochs, and the linear probe and k-NN of the frozen encoder's "
+        "output. "
         f"Repeat with `make repro PROFILE={profile}`.",
         "",
         "Intervals of means are 95 % Student-t over seeds. Differences to the default are paired by seed; where a "
@@ -76,8 +77,8 @@ def to_markdown(
         lines += [
             f"## {arms['heading'].iloc[0]}",
             "",
-            "| arm | seeds | top-1 (95 % interval) | best | linear | k-NN | difference to default (joint 95 % interval) "
-            "| paper | paper's difference | verdict |",
+            "| arm | seeds | top-1 (95 % interval) | best | linear | k-NN | difference to default (joint 95 % "
+            "interval) | paper | paper's difference | verdict |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [_markdown_row(row) for row in pd.concat([default, arms]).to_dict("records")] + [""]
@@ -99,7 +100,9 @@ def _markdown_row(row: dict) -> str:
     if row["arm"] == "default":
         cells += ["–", number("paper"), "–", "–"]
     else:
-        between = f" ({number('difference_low', '+.1f')} to {number('difference_high', '+.1f')})" if row["pairs"] > 1 else ""
+        between = (
+            f" ({number('difference_low', '+.1f')} to {number('difference_high', '+.1f')})" if row["pairs"] > 1 else ""
+        )
         mark = " †" if row["mixed"] else ""
         cells += [number("difference", "+.1f") + between + mark, number("paper"), number("paper_difference", "+.1f")]
         cells += [row["verdict"]]

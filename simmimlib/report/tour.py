@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from simmimlib.data.batches import normaliser
 from simmimlib.data.packed import Packed, Split
+from simmimlib.data.packed_images import normaliser
 from simmimlib.model.encoders import Encoder, create_encoder
 from simmimlib.model.masking import MaskGenerator
 from simmimlib.settings import Settings, require, setting

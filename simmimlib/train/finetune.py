@@ -15,12 +15,13 @@ from simmimlib.data.streams import CLASSIFIER, WEIGHTS, seed_globals
 from simmimlib.machine.device import autocast, pick_device
 from simmimlib.machine.distributed import launch, rank, sum_over_ranks
 from simmimlib.machine.files import write_csv, write_json
-from simmimlib.model.weights import export_timm, save_weights
 from simmimlib.settings import require
 from simmimlib.train.loop import train
 from simmimlib.train.optim import parameter_groups, scale_rate
 from simmimlib.train.run import Run
 from simmimlib.train.settings import FinetuneSettings
+from simmimlib.weights.checkpoints import save_weights
+from simmimlib.weights.export import export_timm
 
 VALIDATION_BATCH = 500  # images at a time, over all devices
 

@@ -16,11 +16,11 @@ from simmimlib.model.avgdist import avg_dist
 from simmimlib.model.masking import MaskGenerator
 from simmimlib.model.simmim import SimMIM
 from simmimlib.model.targets import ClusterTarget
-from simmimlib.model.weights import save_simmim
 from simmimlib.train.loop import train
 from simmimlib.train.optim import parameter_groups, scale_rate
 from simmimlib.train.run import Run
 from simmimlib.train.settings import PretrainSettings
+from simmimlib.weights.checkpoints import save_simmim
 
 VALIDATION_IMAGES = 1000  # the validation loss is taken on the first so many images, with the same masks each time
 CLUSTER_IMAGES = 2000  # training images that the colour clusters are fitted on, the same for every seed

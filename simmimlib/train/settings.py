@@ -16,10 +16,10 @@ from simmimlib.model.heads import HEADS
 from simmimlib.model.masking import STRATEGIES, MaskGenerator
 from simmimlib.model.simmim import SimMIM
 from simmimlib.model.targets import LOSSES, SCOPES, TARGETS
-from simmimlib.model.weights import load_simmim
 from simmimlib.settings import Settings, one_of, require, setting
 from simmimlib.train.features import check_block
 from simmimlib.train.optim import SCHEDULES
+from simmimlib.weights.checkpoints import load_simmim
 
 SMALL_VIT = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
 

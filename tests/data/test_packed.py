@@ -8,8 +8,8 @@ from PIL import Image
 from conftest import write_images
 from packed_sets import batches, pack_folder
 from simmimlib.data import packed as packed_module
-from simmimlib.data.batches import to_pixels
 from simmimlib.data.packed import labelled_subset, open_packed
+from simmimlib.data.packed_images import to_pixels
 from simmimlib.data.packing import pack
 from simmimlib.data.sources import DataSettings
 
@@ -70,7 +70,7 @@ def test_labelled_subset():
         labelled_subset(labels, 510, seed=0)
 
 
-def test_the_digits_are_packed_on_first_use_and_again_when_old(tmp_path, monkeypatch, blank_digits):
+def test_the_digits_are_packed_on_first_use_and_again_when_old(tmp_path, monkeypatch, white_digits):
     calls = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(packed_module, "pack", lambda settings: calls.append(settings.out) or pack(settings))

@@ -107,3 +107,21 @@ def test_pickled_arrays_are_never_unpickled(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([Path()], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="allow_pickle"):
         read_image(str(tmp_path / "objects.npy"), 1)
+
+
+def test_digits_are_padded_evenly_to_32_pixels(white_digits):
+    source = sources.find_images(DataSettings())
+    image, label = source.val[-1]
+    assert label == 9 and image.shape == (32, 32) and image.sum() == 28 * 28 and image[2:-2, 2:-2].all()
+
+
+def test_class_folders_beside_a_val_folder(tmp_path):
+    root = write_images(tmp_path / "images", splits=(".", "val"), count=2)
+    source = sources.image_folder(str(root))
+    assert source.classes == ["dark", "light"] and [label for _, label in source.train] == [0, 0, 1, 1]
+    assert len(source.val) == 4 and all("/val/" in path for path, _ in source.val)
+
+
+def test_a_set_has_the_name_of_its_folder(image_folder, monkeypatch):
+    monkeypatch.chdir(image_folder)
+    assert sources.image_folder(".").name == "images"

@@ -22,7 +22,7 @@ def test_the_number_of_workers_changes_nothing(wide, kind, monkeypatch):
     assert equal(*epochs)
 
 
-def test_arrays_have_no_files(tmp_path, blank_digits):
+def test_arrays_have_no_files(tmp_path, white_digits):
     pack(DataSettings(out=str(tmp_path / "digits")))
     digits = open_packed(str(tmp_path / "digits"))
     with pytest.raises(ValueError, match="source = 'files': mnist5k was packed from arrays; use source = 'packed'"):

@@ -3,7 +3,7 @@ import torch
 from timm.layers import DropPath
 
 from simmimlib.model.encoders import create_encoder
-from simmimlib.model.weights import export_timm
+from simmimlib.weights.export import export_timm
 from small_models import ENCODERS, SMALL_VIT, build
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from simmimlib.model.formats import read_state, to_simmimlib
-from simmimlib.model.weights import load_checkpoint, load_simmim, save_simmim
+from simmimlib.weights.checkpoints import load_checkpoint, load_simmim, save_simmim
+from simmimlib.weights.formats import read_state, to_simmimlib
 from small_models import build_official, hugging_face, to_official
 
 

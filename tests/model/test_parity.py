@@ -9,10 +9,10 @@ import torch
 
 from conftest import ROOT
 from simmimlib.model.encoders import create_encoder
-from simmimlib.model.formats import to_simmimlib
 from simmimlib.model.masking import MaskGenerator
 from simmimlib.model.simmim import SimMIM
-from simmimlib.model.weights import load_checkpoint
+from simmimlib.weights.checkpoints import load_checkpoint
+from simmimlib.weights.formats import to_simmimlib
 from small_models import OFFICIAL, build_official, hugging_face
 
 GOLDEN = ROOT.parent / "shared" / "golden"

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from simmimlib.model.encoders import create_encoder
 from simmimlib.model.simmim import SimMIM
-from simmimlib.model.weights import export_timm, load_checkpoint, load_simmim, save_simmim, save_timm
+from simmimlib.weights.checkpoints import load_checkpoint, load_simmim, save_simmim
+from simmimlib.weights.export import export_timm, save_timm
 from small_models import ENCODERS, OFFICIAL, SWIN, VIT, build, build_official, hugging_face, shake, to_official
 
 
@@ -194,6 +195,10 @@ def test_mismatches_are_refused_by_name():
     state["encoder.rel_pos_bias.relative_position_bias_table"] = torch.zeros(50, 4)  # 47 distances: no square
     with pytest.raises(ValueError, match=r"(?s)1 places.*bias_table: \(50, 4\), the model has \(52, 4\)"):
         load_checkpoint(state, model)
+    for rows in (2, 3):  # of which a class token has three: no grid is left
+        state["encoder.rel_pos_bias.relative_position_bias_table"] = torch.zeros(rows, 4)
+        with pytest.raises(ValueError, match=rf"(?s)1 places.*bias_table: \({rows}, 4\), the model has \(52, 4\)"):
+            load_checkpoint(state, model)
     with pytest.raises(ValueError, match="read as the official Swin's"):
         load_checkpoint(to_official(build_official("swin").state_dict()), model)
     theirs = hugging_face("plain vit").state_dict()

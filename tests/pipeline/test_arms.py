@@ -6,18 +6,8 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from simmimlib.pipeline.arms import (
-    activate,
-    arms_of,
-    changes_of,
-    load_arms,
-    load_profile,
-    read_params,
-    refresh,
-    runs_of,
-    stage_parameters,
-    wanted_runs,
-)
+from simmimlib.pipeline.arms import arms_of, changes_of, load_arms, runs_of, stage_parameters, wanted_runs
+from simmimlib.pipeline.profiles import activate, load_profile, read_params, refresh
 from simmimlib.report.runs import settings_key
 
 PAPER = {  # shown in the paper's tables 1 to 5, Swin-B, 100 epochs
@@ -144,7 +134,10 @@ def test_an_edited_profile_is_taken_when_it_is_made_active_again(project, capsys
     assert "profiles/quick.yaml was edited (pretrain.epochs: 20 -> 18) and params.yaml counts" in said
     assert "make repro PROFILE=quick takes it" in said and read_params()["pretrain"]["epochs"] == 18
     activate("quick")
-    assert "profiles/quick.yaml has changed since it was made active (pretrain.epochs: 18 -> 20)" in capsys.readouterr().out
+    assert (
+        "profiles/quick.yaml has changed since it was made active (pretrain.epochs: 18 -> 20)"
+        in capsys.readouterr().out
+    )
     assert read_params()["pretrain"]["epochs"] == 20
     refresh()
     assert capsys.readouterr().out == ""

@@ -10,7 +10,6 @@ import time
 import pandas as pd
 import pytest
 import yaml
-
 from project import CAMPAIGN, STAGES, contents, environment, read_profile, run, tiny_project, write_profile
 
 pytestmark = pytest.mark.slow

@@ -1,11 +1,11 @@
 import pandas as pd
 import pytest
+from tables_data import ARMS, runs
 
 from conftest import ROOT
 from simmimlib.pipeline.arms import load_arms
 from simmimlib.report import figures
 from simmimlib.report.statistics import compare
-from tables_data import ARMS, runs
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 import numpy as np
 import pandas as pd
 import pytest
+from tables_data import ARMS, runs
 
 from simmimlib.report.statistics import compare, interval, verdict
-from tables_data import ARMS, runs
 
 
 def test_interval_is_students():

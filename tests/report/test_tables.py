@@ -1,9 +1,9 @@
 import pandas as pd
 import pytest
+from tables_data import ARMS, runs
 
 from simmimlib.report.statistics import compare
 from simmimlib.report.tables import to_markdown, write_tables
-from tables_data import ARMS, runs
 
 
 @pytest.fixture
@@ -17,7 +17,9 @@ def markdown_of(frame, left_out=(), pictures=None):
 
 def test_a_row_of_the_table(frame):
     markdown = markdown_of(frame)
-    assert "| L2 | 3 | 66.0 (28.7 to 103.3) | 67.0 | – | – | +1.0 (+1.0 to +1.0) | 82.7 | -0.1 | disagrees |" in markdown
+    assert (
+        "| L2 | 3 | 66.0 (28.7 to 103.3) | 67.0 | – | – | +1.0 (+1.0 to +1.0) | 82.7 | -0.1 | disagrees |" in markdown
+    )
     assert "## Which loss?" in markdown and markdown.count("| Default | 3 |") == 2, "one table a question"
 
 

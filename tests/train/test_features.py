@@ -8,8 +8,8 @@ from conftest import TINY
 from simmimlib.data.batches import validation_batches
 from simmimlib.data.packed import open_packed
 from simmimlib.model.encoders import create_encoder
-from simmimlib.model.weights import export_timm
 from simmimlib.train.features import block_features, blocks_of, check_block, extract
+from simmimlib.weights.export import export_timm
 
 SWIN = {"embed_dim": 16, "depths": (1, 2, 1), "num_heads": (1, 2, 2), "window_size": 4}
 BEIT = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from simmimlib.model.encoders import create_encoder
-from simmimlib.model.weights import export_timm
 from simmimlib.train.optim import create_optimizer, layer_id, parameter_groups
 from simmimlib.train.settings import PretrainSettings
+from simmimlib.weights.export import export_timm
 
 
 def test_rates_of_the_official_fine_tuning_of_swin_b():

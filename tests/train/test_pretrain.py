@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from simmimlib.data.packed import open_packed
-from simmimlib.model.weights import load_simmim
 from simmimlib.train.pretrain import pretrain, reconstruct, validation_loss
 from simmimlib.train.resume import read
+from simmimlib.weights.checkpoints import load_simmim
 from small_runs import crashed, pretrain_settings
 
 

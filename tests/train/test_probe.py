@@ -15,10 +15,12 @@ from simmimlib.data.packing import pack
 from simmimlib.data.sources import DataSettings
 from simmimlib.model.encoders import create_encoder
 from simmimlib.model.simmim import SimMIM
-from simmimlib.model.weights import export_timm, save_simmim
 from simmimlib.train import probe
+from simmimlib.train.classifiers import STRENGTHS, fit_linear, weighted_vote
 from simmimlib.train.features import extract
-from simmimlib.train.probe import STRENGTHS, fit_linear, knn, linear_probe, probe_blocks, weighted_vote
+from simmimlib.train.probe import knn, linear_probe, probe_blocks
+from simmimlib.weights.checkpoints import save_simmim
+from simmimlib.weights.export import export_timm
 from small_runs import probe_settings
 
 

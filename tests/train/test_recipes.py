@@ -10,12 +10,13 @@ import yaml
 from conftest import ROOT, write_images
 from simmimlib.data.packing import pack
 from simmimlib.data.sources import DataSettings
-from simmimlib.model.weights import load_simmim
-from simmimlib.pipeline.arms import load_profile, stage_parameters
+from simmimlib.pipeline.arms import stage_parameters
 from simmimlib.pipeline.dry_run import dry_run
+from simmimlib.pipeline.profiles import load_profile
 from simmimlib.train.optim import create_optimizer, create_schedule, scale_rate
 from simmimlib.train.pretrain import pretrain
 from simmimlib.train.settings import FinetuneSettings, PretrainSettings
+from simmimlib.weights.checkpoints import load_simmim
 
 QUESTIONS = yaml.safe_load((ROOT / "arms.yaml").read_text())["questions"]
 ARMS = [arm for question in QUESTIONS.values() for arm in question["arms"]]
