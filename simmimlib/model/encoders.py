@@ -103,7 +103,7 @@ def create_encoder(
             global_pool="token" if "distilled" in timm_name else "",
             **{"drop_path_rate": 0.0, **defaults, **timm_kwargs},  # timm's Swin would drop paths by default
         )
-    except (AssertionError, TypeError) as error:
+    except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         why = str(error) or "embed_dim must be a multiple of num_heads"
         raise ValueError(f"encoder_kwargs = {timm_kwargs}: timm cannot build {timm_name} so ({why})") from error
     if name == "simmim_vit_base":
