@@ -27,7 +27,7 @@ def decode_split(items: list, prefix: Path, settings: DataSettings) -> list[dict
 
     Returns for each chunk what its line in ``<prefix>_done.jsonl`` holds: "identity" of its items, "sizes" [n, 2]
     (0 = unreadable), "sums" [2, C], the sum over all pixels of v and of v², "unreadable", a line for each such file,
-    "pixels", a hash of the rows.
+    "pixels", a hash of each of its rows.
     """
     shape = (settings.size, settings.size, settings.channels)
     row = math.prod(shape)  # bytes
@@ -59,7 +59,7 @@ def decode_split(items: list, prefix: Path, settings: DataSettings) -> list[dict
             # in pairs, so that the next chunk is being decoded while this one is written
             for (identity, results), _ in pairwise(chain(started, [None])):  # type: ignore[misc]
                 sums = np.zeros((2, *shape), dtype=np.uint32)  # 66,000 images would fit
-                sizes, unreadable, pixels = [], [], hashlib.blake2b(digest_size=16)
+                sizes, unreadable, pixels = [], [], []
                 for image, size, reason in results:
                     sizes.append(size)
                     if reason:
@@ -67,14 +67,13 @@ def decode_split(items: list, prefix: Path, settings: DataSettings) -> list[dict
                     else:
                         content = image.tobytes()  # type: ignore[union-attr]
                         images.write(content)
-                        pixels.update(content)
+                        pixels.append(hashlib.blake2b(content, digest_size=8).hexdigest())
                         sums += image, np.square(image, dtype=np.uint16)  # type: ignore[arg-type]
                     bar.update()
                 images.flush()
                 os.fsync(images.fileno())
                 sums = sums.reshape(2, -1, settings.channels).sum(1, dtype=np.int64).tolist()
-                chunk = {"identity": identity, "sizes": sizes, "sums": sums, "unreadable": unreadable}
-                chunk["pixels"] = pixels.hexdigest()
+                chunk = {"identity": identity, "sizes": sizes, "sums": sums, "unreadable": unreadable, "pixels": pixels}
                 log.write(json.dumps(chunk).encode() + b"\n")
                 log.flush()
                 os.fsync(log.fileno())
@@ -108,7 +107,8 @@ def _resume(log: BinaryIO, chunks: list, rows: int, settings: DataSettings) -> l
 
 def _identity(items: list, settings: DataSettings) -> str:
     """A hash of what the rows of these items depend on; files count by path, size and time of change."""
-    digest = hashlib.blake2b(f"{settings.size} {settings.channels}".encode(), digest_size=16)
+    layout = "2"  # of the log's lines
+    digest = hashlib.blake2b(f"{layout} {settings.size} {settings.channels}".encode(), digest_size=16)
     for item in items:
         if isinstance(item, np.ndarray):
             digest.update(str(item.shape).encode() + item.tobytes())

@@ -149,10 +149,15 @@ def _finish_split(items: list, prefix: Path, done: list[dict], settings: DataSet
 
 
 def _digest(splits: dict, done: dict) -> str:
-    """Sixteen hexadecimal digits that follow from the labels and pixels of all images, in their order."""
+    """Sixteen hexadecimal digits that follow from the labels and pixels of all images, in their order.
+
+    Files that were left out have no say.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for name, items in splits.items():
-        digest.update(f"{name} {[label for _, label in items]} {[chunk['pixels'] for chunk in done[name]]}".encode())
+        widths = [width for chunk in done[name] for width, _ in chunk["sizes"]]
+        labels = [label for (_, label), width in zip(items, widths, strict=True) if width]
+        digest.update(f"{name} {labels} {[pixels for chunk in done[name] for pixels in chunk['pixels']]}".encode())
     return digest.hexdigest()
 
 

@@ -42,7 +42,6 @@ class RollingCheckpoint:
     def __init__(self, identity: dict, out: str):
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         self.folder, self.out = project_root() / ".scratch" / "runs" / key, out
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.saved_at, self.cost = time.monotonic(), 0.0
 
     @contextmanager
@@ -53,6 +52,7 @@ class RollingCheckpoint:
             RuntimeError: another process trains with the same settings.
         """
         path = self.folder / "lock"
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(path, timeout=LOCK_SECONDS):
                 write_json(self.folder / "run.json", {"out": self.out})
@@ -66,15 +66,21 @@ class RollingCheckpoint:
     def orphans(self) -> Iterator[str]:
         """A line for each abandoned run of the same `out`, which had other settings, data or code.
 
-        Old ones, whatever their `out`, are deleted.
+        Old ones, whatever their `out`, are deleted; those that are under way are left alone.
         """
         for other in sorted(self.folder.parent.iterdir()):
-            checkpoints = files(other)
-            if other == self.folder or not checkpoints:
+            if other == self.folder:
                 continue
-            if time.time() - checkpoints[0].stat().st_mtime > KEEP_DAYS * 86400:
-                shutil.rmtree(other, ignore_errors=True)
-            elif read_json(other / "run.json").get("out") == self.out:
+            checkpoints = files(other)
+            age = time.time() - (checkpoints or [other])[0].stat().st_mtime
+            try:
+                with FileLock(other / "lock", timeout=0):
+                    if age > KEEP_DAYS * 86400:
+                        shutil.rmtree(other, ignore_errors=True)
+                        continue
+            except Timeout:
+                continue
+            if checkpoints and read_json(other / "run.json").get("out") == self.out:
                 yield (
                     f"an unfinished run for {self.out} with other settings, data or code is not resumed; its "
                     f"checkpoint {checkpoints[0]} is kept for {KEEP_DAYS} days"
@@ -102,6 +108,7 @@ class RollingCheckpoint:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getbuffer()
+        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{state['step']:010d}.ckpt"
         partial = path.with_suffix(".partial")
         try:

@@ -185,7 +185,7 @@ class Run:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.watch.restore(saved["watch"])
         self.step, self.rows, self.skipped = saved["step"], saved["rows"], saved["skipped"]
-        self.progress.images = saved["images"]
+        self.progress.images = self.progress.bar.n = saved["images"]
 
     def write_log(self) -> None:
         if rank() == 0:

@@ -14,7 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
 from timm.data import IMAGENET_DEFAULT_STD as IMAGENET_STD
 
 from packed_sets import pack_folder
-from simmimlib.data import packing
+from simmimlib.data import decoding
 from simmimlib.data.packed import open_packed
 
 
@@ -34,14 +34,14 @@ def contents(folder):
 @pytest.fixture
 def decoded(monkeypatch):
     """The files that were decoded, in chunks of 4, in the order of the set."""
-    files, read = [], packing.read_image
+    files, read = [], decoding.read_image
 
     def count(item, channels):
         files.append(item)
         return read(item, channels)
 
-    monkeypatch.setattr(packing, "CHUNK", 4)
-    monkeypatch.setattr(packing, "read_image", count)
+    monkeypatch.setattr(decoding, "CHUNK", 4)
+    monkeypatch.setattr(decoding, "read_image", count)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     return files
 
@@ -92,7 +92,7 @@ def test_a_killed_pack_goes_on_where_it_was(tmp_path, image_folder, decoded, mon
     pack_folder(tmp_path, image_folder, size=16, out=str(tmp_path / "whole"))
     every = list(decoded)
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "_decode", lambda *args, decode=packing._decode: time.sleep(0.03) or decode(*args))
+        patch.setattr(decoding, "_decode", lambda *args, decode=decoding._decode: time.sleep(0.03) or decode(*args))
         fork = multiprocessing.get_context("fork")  # has all modules loaded
         child = fork.Process(target=pack_folder, args=(tmp_path, image_folder), kwargs={"size": 16})
         child.start()
@@ -116,7 +116,7 @@ def test_a_killed_pack_goes_on_where_it_was(tmp_path, image_folder, decoded, mon
 
 def interrupt(tmp_path, image_folder, monkeypatch, after=10):
     """Packs until Ctrl-C during the image of that number: in chunks of 4, two are done."""
-    images, read = [], packing.read_image
+    images, read = [], decoding.read_image
 
     def stop(item, channels):
         images.append(item)
@@ -125,7 +125,7 @@ def interrupt(tmp_path, image_folder, monkeypatch, after=10):
         return read(item, channels)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(packing, "read_image", stop)
+        patch.setattr(decoding, "read_image", stop)
         pack_folder(tmp_path, image_folder, size=16)
 
 
@@ -172,7 +172,7 @@ def test_a_lost_part_of_an_interrupted_pack_is_made_again(tmp_path, image_folder
 
 def test_files_that_have_become_readable_are_found(tmp_path, image_folder, decoded, monkeypatch):
     """A permission, or a disk that was away: nothing about the file itself changes."""
-    read, denied = packing.read_image, str(image_folder / "train/dark/5.png")
+    read, denied = decoding.read_image, str(image_folder / "train/dark/5.png")
 
     def deny(item, channels):
         if item == denied:
@@ -180,7 +180,7 @@ def test_files_that_have_become_readable_are_found(tmp_path, image_folder, decod
         return read(item, channels)
 
     with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"1 of 32 files.*[\s\S]*5.png: denied"):
-        patch.setattr(packing, "read_image", deny)
+        patch.setattr(decoding, "read_image", deny)
         pack_folder(tmp_path, image_folder, size=16)
     decoded.clear()
     assert pack_folder(tmp_path, image_folder, size=16, corrupt="skip")["train"] == 16
@@ -284,18 +284,18 @@ def test_statistics_are_those_of_the_training_images(tmp_path, image_folder, sta
 
 def hold(tmp_path, image_folder, held, released):
     """Packs, and waits at the first image."""
-    read = packing.read_image
+    read = decoding.read_image
 
     def wait(item, channels):
         held.set()
         released.wait(60)
         return read(item, channels)
 
-    packing.read_image = wait
+    decoding.read_image = wait
     try:
         pack_folder(tmp_path, image_folder, size=16)
     finally:
-        packing.read_image = read
+        decoding.read_image = read
 
 
 @pytest.mark.parametrize("kind", ["thread", "process"])

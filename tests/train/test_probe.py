@@ -15,7 +15,7 @@ from simmimlib.data.packing import pack
 from simmimlib.data.sources import DataSettings
 from simmimlib.model.encoders import create_encoder
 from simmimlib.model.simmim import SimMIM
-from simmimlib.train import probe
+from simmimlib.train import classifiers
 from simmimlib.train.classifiers import STRENGTHS, fit_linear, weighted_vote
 from simmimlib.train.features import extract
 from simmimlib.train.probe import knn, linear_probe, probe_blocks
@@ -53,7 +53,7 @@ def similar_folder(tmp_path):
 
 
 def test_the_vote_is_that_of_scikit_learn(monkeypatch, generator):
-    monkeypatch.setattr(probe, "SIMILARITIES", 1000)  # queries in parts
+    monkeypatch.setattr(classifiers, "SIMILARITIES", 1000)  # queries in parts
     train, queries = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (200, 43))
     labels = torch.randint(7, (200,), generator=generator)
     for k, temperature in ((1, 0.07), (20, 0.07), (20, 5.0), (200, 0.5)):

@@ -324,3 +324,26 @@ def test_only_one_of_several_processes_writes():
     assert rolling.files() == [] and rolling.load() is None
     rolling.save({"step": 1})
     assert rolling.load() == {"step": 1}
+
+
+def test_a_run_that_is_under_way_is_no_orphan(packed_folder):
+    """Of the same `out`, with other settings, and training right now: neither named nor, however old, deleted."""
+    other = RollingCheckpoint({"seed": 1}, "results/x")
+    other.save({"step": 1})
+    os.utime(other.files()[0], (0, 0))
+    this = RollingCheckpoint({"seed": 2}, "results/x")
+    with this.lock(), other.lock():
+        assert list(this.orphans()) == [] and other.files()
+    with this.lock():
+        assert list(this.orphans()) == [] and not other.folder.exists()
+
+
+def test_what_left_no_checkpoint_goes_too_when_it_is_old(packed_folder):
+    other = RollingCheckpoint({"seed": 1}, "results/x")
+    with other.lock():
+        pass
+    this = RollingCheckpoint({"seed": 2}, "results/x")
+    with this.lock():
+        assert list(this.orphans()) == [] and other.folder.exists()
+        os.utime(other.folder, (0, 0))
+        assert list(this.orphans()) == [] and not other.folder.exists()
