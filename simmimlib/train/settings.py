@@ -153,10 +153,10 @@ class FinetuneSettings(CheckpointSettings, TrainSettings):
 
     labelled_images: int = setting(1000)
     epochs: int = setting(30)
-    base_lr: float = setting(0.032)
+    base_lr: float = setting(0.064)
     warmup_epochs: float = setting(3.0)
     layer_decay: float = setting(1.0, "rate of a layer as a share of the rate of the layer above it")
-    crop_scale: float = setting(0.67)
+    crop_scale: float = setting(0.85)
     auto_augment: str = setting("", "RandAugment of timm, as rand-m9-mstd0.5-inc1; empty means off")
     color_jitter: float = setting(0.0, "of timm, 0 to 1 (not used together with auto_augment)")
     random_erasing: float = setting(0.0, "probability of erasing a random rectangle")

@@ -116,10 +116,10 @@ def test_unknown_sections_names_and_arms(project):
 
 
 def test_activating_keeps_edits_and_says_what_to_do(project):
-    edit(project / "params.yaml", "epochs: 18", "epochs: 20")
+    edit(project / "params.yaml", "epochs: 12", "epochs: 20")
     kept = (project / "params.yaml").read_text()
     with pytest.raises(ValueError, match=r"params\.yaml was edited since it was written from profiles/quick\.yaml \("
-                       r"pretrain\.epochs: 18 -> 20\): keep the edits as profiles/<new name>\.yaml"):  # fmt: skip
+                       r"pretrain\.epochs: 12 -> 20\): keep the edits as profiles/<new name>\.yaml"):  # fmt: skip
         activate("cifar10")
     assert (project / "params.yaml").read_text() == kept
     (project / "params.yaml").unlink()
@@ -128,14 +128,14 @@ def test_activating_keeps_edits_and_says_what_to_do(project):
 
 
 def test_an_edited_profile_is_taken_when_it_is_made_active_again(project, capsys):
-    edit(project / "profiles/quick.yaml", "epochs: 18", "epochs: 20")
+    edit(project / "profiles/quick.yaml", "epochs: 12", "epochs: 20")
     refresh()
     said = capsys.readouterr().out
-    assert "profiles/quick.yaml was edited (pretrain.epochs: 20 -> 18) and params.yaml counts" in said
-    assert "make repro PROFILE=quick takes it" in said and read_params()["pretrain"]["epochs"] == 18
+    assert "profiles/quick.yaml was edited (pretrain.epochs: 20 -> 12) and params.yaml counts" in said
+    assert "make repro PROFILE=quick takes it" in said and read_params()["pretrain"]["epochs"] == 12
     activate("quick")
     assert (
-        "profiles/quick.yaml has changed since it was made active (pretrain.epochs: 18 -> 20)"
+        "profiles/quick.yaml has changed since it was made active (pretrain.epochs: 12 -> 20)"
         in capsys.readouterr().out
     )
     assert read_params()["pretrain"]["epochs"] == 20
@@ -144,10 +144,10 @@ def test_an_edited_profile_is_taken_when_it_is_made_active_again(project, capsys
 
 
 def test_edited_params_count_and_it_is_said(project, capsys):
-    edit(project / "params.yaml", "epochs: 18", "epochs: 20")
+    edit(project / "params.yaml", "epochs: 12", "epochs: 20")
     refresh()
     said = capsys.readouterr().out
-    assert said == "params.yaml was edited: unlike profiles/quick.yaml, pretrain.epochs: 18 -> 20; params.yaml counts\n"
+    assert said == "params.yaml was edited: unlike profiles/quick.yaml, pretrain.epochs: 12 -> 20; params.yaml counts\n"
 
 
 def test_edited_arms_of_params_need_a_refresh(project):

@@ -48,12 +48,12 @@ def test_runs_of_several_machines_come_together(tmp_path, params):
 
     # elsewhere, with runs.csv alone, others are added; the ones of the file stay
     shutil.rmtree(tmp_path / "runs")
-    finish(tmp_path, params, "l2", 0, 51.0)
-    assert load(tmp_path, params)[0] == [("default", 0, 50.0), ("scratch", 1, 40.0), ("l2", 0, 51.0)]
+    finish(tmp_path, params, "reconstruct_all", 0, 51.0)
+    assert load(tmp_path, params)[0] == [("default", 0, 50.0), ("reconstruct_all", 0, 51.0), ("scratch", 1, 40.0)]
 
     # a table from before settings were recorded holds nothing that can be taken
     runs.drop(columns="settings").to_csv(tmp_path / "runs.csv", index=False)
-    assert load(tmp_path, params)[0] == [("l2", 0, 51.0)]
+    assert load(tmp_path, params)[0] == [("reconstruct_all", 0, 51.0)]
 
 
 @pytest.mark.parametrize(
