@@ -68,6 +68,7 @@ def arms_beside_paper(table: pd.DataFrame, title: str = "") -> Figure:
     ours.set(xlabel="our top-1, % (mean of n seeds, 95 % interval)", title=title)
     paper.set(xlabel="ImageNet-1K top-1, %", title="paper")
     paper.margins(x=0.15)
+    paper.xaxis.set_major_locator(MaxNLocator(4))
     for axis in (ours, paper):
         axis.grid(axis="x", alpha=0.3)
     return figure
