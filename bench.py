@@ -3,6 +3,7 @@
     steps       forward + backward + optimiser step of Swin-B (192 px) and ViT-B (224 px), against transformers' SimMIM
     input       each source of images against one batch that is used again and again
     size        time per image and memory for sets of 1,000 to 60,000 images
+    runs        on a CPU: a run at a time on all cores, against one on each core, whole processes
     start       time to import, and a `dvc repro` with nothing to do
     gpu         on a GPU: the cost of `deterministic`, and several runs that share the device
     deviation   the packed source against decoding each image in every epoch: crops, pixels, the loss of a short run
@@ -36,6 +37,8 @@ from simmimlib.data.packed import open_packed
 from simmimlib.data.packing import pack
 from simmimlib.machine.device import autocast, pick_device, resolve_precision
 from simmimlib.machine.files import whole_file
+from simmimlib.pipeline.arms import stage_parameters
+from simmimlib.pipeline.profiles import load_profile
 from simmimlib.train.optim import create_optimizer, parameter_groups
 from simmimlib.train.run import Objective
 
@@ -304,18 +307,21 @@ def bench_size(rounds: int) -> list[dict]:
     return rows
 
 
-def write_noise(folder: Path, count: int) -> None:
-    """A packed set of 64-pixel images."""
-    arrays = {"labels": np.zeros(count, np.int64), "sizes": np.full((count, 2), 64, np.int32)}
+def write_noise(folder: Path, count: int, size: int = 64, channels: int = 3) -> None:
+    """A packed set of square images."""
+    shape = (size, size, channels)
+    arrays = {"labels": np.zeros(count, np.int64), "sizes": np.full((count, 2), size, np.int32)}
     arrays["files"] = np.zeros(count, "S1")
     for split in ("train", "val"):
         for name, array in arrays.items():
             np.save(folder / f"{split}_{name}.npy", array)
-        images = np.lib.format.open_memmap(folder / f"{split}_images.npy", "w+", np.uint8, (count, 64, 64, 3))
+        images = np.lib.format.open_memmap(folder / f"{split}_images.npy", "w+", np.uint8, (count, *shape))
         for start in range(0, count, 1000):
-            images[start : start + 1000] = np.random.default_rng(start).integers(0, 255, (1000, 64, 64, 3))
-    manifest = {"data": "noise", "classes": ["a"], "size": 64, "channels": 3, "mean": [0.5] * 3, "std": [0.3] * 3}
-    manifest["digest"] = ""  # nothing here resumes or compares
+            images[start : start + 1000] = np.random.default_rng(start).integers(
+                0, 255, (len(images[start : start + 1000]), *shape)
+            )
+    manifest = {"data": "noise", "classes": ["a"], "size": size, "channels": channels}
+    manifest |= {"mean": [0.5] * channels, "std": [0.3] * channels, "digest": ""}  # nothing here resumes or compares
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -339,6 +345,47 @@ def peak_resident_memory() -> int:
     """Bytes. Not from getrusage, whose maximum a process inherits from the one that started it."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
+
+
+# Runs ---------------------------------------------------------------------------------------------------------------
+
+RUN = """import json, sys
+from simmimlib import PretrainSettings, pretrain
+pretrain(PretrainSettings.from_values(json.loads(sys.argv[1])))"""
+
+
+def bench_runs(rounds: int) -> list[dict]:
+    """Seconds a run takes of the machine, a short pre-training with its start, for the models of two profiles."""
+    cores, rows = os.cpu_count() or 1, []
+    if GPU or cores == 1:
+        return rows
+    for name, images, epochs in (("quick", 4000, 8), ("cifar10-cpu", 16000, 1)):
+        params = load_profile(name)
+        with tempfile.TemporaryDirectory() as folder:
+            write_noise(Path(folder), images, 32, params["data"]["channels"])
+
+            def run(jobs: int, threads: int, folder=folder, params=params, epochs=epochs) -> None:
+                started = []
+                for seed in range(jobs):
+                    values = stage_parameters(params, "pretrain", "default", seed)
+                    values |= {"data": folder, "epochs": epochs, "out": f"{folder}/{seed}", "warmup_epochs": 0}
+                    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+                    command = [sys.executable, "-c", RUN, json.dumps(values)]
+                    started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+                assert not any(process.wait() for process in started)
+
+            one, many = f"one at a time, {cores} threads", f"{cores} side by side, a thread each"
+            seconds = interleave(
+                {one: lambda run=run: run(1, cores), many: lambda run=run: run(cores, 1)}, rounds, 1, 0
+            )
+            seconds[many] = [time / cores for time in seconds[many]]
+            for way, times in seconds.items():
+                share = ratio(seconds, one, way)
+                rows.append(
+                    {"profile": name, "runs": way, "seconds a run": statistics.median(times), "times the first": share}
+                )
+                print(rows[-1], flush=True)
+    return rows
 
 
 # Start --------------------------------------------------------------------------------------------------------------
@@ -469,6 +516,7 @@ SECTIONS = {
     "steps": bench_steps,
     "input": bench_input,
     "size": bench_size,
+    "runs": bench_runs,
     "start": bench_start,
     "gpu": bench_gpu,
     "deviation": bench_deviation,

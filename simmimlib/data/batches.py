@@ -6,7 +6,7 @@ decodes each file anew in every epoch, and RandAugment do need workers (``worker
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,11 +20,22 @@ from simmimlib.data.workers import TransformedImages
 from simmimlib.machine.distributed import local_shard
 from simmimlib.settings import require
 
-if TYPE_CHECKING:
-    from simmimlib.model.masking import MaskGenerator
-    from simmimlib.train.settings import FinetuneSettings, PretrainSettings
-
 SOURCES = ("packed", "files")
+Masks = Callable[[int, torch.Generator | None, torch.device], Tensor]  # a MaskGenerator
+
+
+class Recipe(Protocol):
+    """What ``training_batches`` reads of a loop's settings, which ``train/settings.py`` explains."""
+
+    image_size: int
+    batch_size: int
+    seed: int
+    source: str
+    crop_scale: float
+    flip: bool
+    interpolation: str
+    auto_augment: str
+    color_jitter: float
 
 
 class Batches:
@@ -48,7 +59,7 @@ class Batches:
         batch_size: int,
         device: torch.device,
         seed: int | None = None,
-        masks: "MaskGenerator | None" = None,
+        masks: Masks | None = None,
     ):
         self.images, self.batch_size, self.device, self.seed, self.masks = images, batch_size, device, seed, masks
         self.labels = torch.from_numpy(np.array(split.labels))
@@ -79,11 +90,11 @@ class Batches:
 
 
 def training_batches(
-    settings: "PretrainSettings | FinetuneSettings",
+    settings: Recipe,
     split: Split,
     packed: Packed,
     device: torch.device,
-    masks: "MaskGenerator | None" = None,
+    masks: Masks | None = None,
 ) -> Batches:
     """Shuffled and augmented as a loop's settings (``train/settings.py``) say.
 
@@ -127,7 +138,7 @@ def validation_batches(
     image_size: int,
     batch_size: int,
     device: torch.device,
-    masks: "MaskGenerator | None" = None,
+    masks: Masks | None = None,
     crop_pct: float = 1.0,
     interpolation: str = "bilinear",
     files: bool = False,

@@ -16,8 +16,8 @@ from torch.nn.utils import clip_grad_norm_
 from simmimlib.data.streams import STEPS, seed_globals
 from simmimlib.machine.device import autocast
 from simmimlib.machine.distributed import rank
-from simmimlib.train.guards import NotFinite, explain_out_of_memory
-from simmimlib.train.run import Run
+from simmimlib.train.guards import check_losses, explain_out_of_memory
+from simmimlib.train.run import NotFinite, Run
 
 
 def train(run: Run, evaluate: Callable | None = None, on_epoch: Callable | None = None) -> list[dict]:
@@ -69,7 +69,7 @@ def train_epoch(run: Run) -> None:
         run.step += 1
         run.progress.step(run.batches.batch_size)
         if run.watch.due(run.step - first, run.stop):
-            stopping = run.watch.check(run, run.step - first)
+            stopping = check_losses(run, run.step - first)
             run.save(only_if_due=not stopping)
             if stopping:
                 raise KeyboardInterrupt(

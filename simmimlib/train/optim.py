@@ -8,16 +8,13 @@ already dropped a little when the warm-up ends.
 """
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from torch import nn
 
-if TYPE_CHECKING:
-    from simmimlib.train.settings import TrainSettings
-
-SCHEDULES = ("cosine", "step")
+from simmimlib.train.settings import TrainSettings
 
 
 def scale_rate(rate: float, batch_size: int) -> float:

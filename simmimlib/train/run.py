@@ -20,13 +20,21 @@ from simmimlib.machine.progress import Progress
 from simmimlib.machine.provenance import provenance
 from simmimlib.machine.signals import stop_signals
 from simmimlib.settings import require
-from simmimlib.train.guards import LossWatch, NotFinite
+from simmimlib.train.losses import LossWatch
 from simmimlib.train.optim import create_optimizer, create_schedule
 from simmimlib.train.resume import RollingCheckpoint, identity
 from simmimlib.train.settings import TrainSettings
 
 RESULTS = ("metrics.json", "model.safetensors", "confusion.csv", "log.csv")  # what a run writes into `out`
 LOG_COLUMNS = ["epoch", "loss", "grad_norm", "lr", "skipped"]
+
+
+class NotFinite(FloatingPointError):
+    """A loss or a gradient that is not finite, at ``step``."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
 
 
 class Objective(nn.Module):

@@ -18,9 +18,9 @@ from simmimlib.model.simmim import SimMIM
 from simmimlib.model.targets import LOSSES, SCOPES, TARGETS
 from simmimlib.settings import Settings, one_of, require, setting
 from simmimlib.train.features import check_block
-from simmimlib.train.optim import SCHEDULES
 from simmimlib.weights.checkpoints import load_simmim
 
+SCHEDULES = ("cosine", "step")
 SMALL_VIT = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
 
 

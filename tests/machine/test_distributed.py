@@ -93,8 +93,8 @@ def test_a_batch_that_cannot_be_shared(tmp_path, packed_folder, monkeypatch):
 def test_two_processes_resume_after_a_kill(tmp_path, packed_folder, monkeypatch, capfd):
     """Also with another number of processes: it is no part of a run's identity."""
     script = (
-        "import json, os, sys\nfrom simmimlib.train import guards, loop, resume\n"
-        "guards.CHECK_STEPS, resume.SAVE_SECONDS, resume.SAVE_SHARE = 2, 0.0, 1e9\n"
+        "import json, os, sys\nfrom simmimlib.train import losses, loop, resume\n"
+        "losses.CHECK_STEPS, resume.SAVE_SECONDS, resume.SAVE_SHARE = 2, 0.0, 1e9\n"
         "step = loop.forward_backward\n"
         "loop.forward_backward = lambda run, *a: os.kill(os.getpid(), 9) if run.step == 7 else step(run, *a)\n"
         "from simmimlib.train.pretrain import pretrain\nfrom simmimlib.train.settings import PretrainSettings\n"

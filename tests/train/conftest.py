@@ -1,6 +1,6 @@
 import pytest
 
-from simmimlib.train import guards, resume
+from simmimlib.train import losses, resume
 
 
 @pytest.fixture(autouse=True)
@@ -12,6 +12,6 @@ def own_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def often(monkeypatch):
     """Looks at losses and saves at every second step."""
-    monkeypatch.setattr(guards, "CHECK_STEPS", 2)
+    monkeypatch.setattr(losses, "CHECK_STEPS", 2)
     monkeypatch.setattr(resume, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(resume, "SAVE_SHARE", 1e9)

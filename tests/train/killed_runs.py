@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 
-from simmimlib.train import guards, resume
+from simmimlib.train import losses, resume
 from simmimlib.train.finetune import finetune
 from simmimlib.train.pretrain import pretrain
 from simmimlib.train.settings import FinetuneSettings, PretrainSettings
@@ -22,7 +22,7 @@ LOOPS = {"pretrain": (PretrainSettings, pretrain), "finetune": (FinetuneSettings
 
 def main(loop: str, values: str, kills: int) -> None:
     settings, run = LOOPS[loop]
-    guards.CHECK_STEPS, resume.SAVE_SECONDS, resume.SAVE_SHARE = 2, 0.0, 1e9  # save at every second step
+    losses.CHECK_STEPS, resume.SAVE_SECONDS, resume.SAVE_SHARE = 2, 0.0, 1e9  # save at every second step
     moments, finished = random.Random(0), 0
     while kills:
         child = os.fork()
