@@ -89,7 +89,7 @@ def test_pipeline(project):
         ("train/optim.py", "eps=1e-8", "eps=1e-6", {"pretrain", "finetune"}),
         ("machine/device.py", "COMPILE_STEPS = 2000", "COMPILE_STEPS = 1000", {"pretrain", "finetune"}),
         ("settings.py", "return float(value)", "return float(value + 0)", {"pretrain", "finetune"}),
-        ("data/packing.py", "CHUNK = 1024", "CHUNK = 512", {"data"}),
+        ("data/decoding.py", "CHUNK = 1024", "CHUNK = 512", {"data"}),
         ("pipeline/arms.py", "def packed_folder", "ANOTHER = 1\n\n\ndef packed_folder", set()),
         ("machine/progress.py", "class Progress", "ANOTHER = 1\n\n\nclass Progress", set()),
     ],
