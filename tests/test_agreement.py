@@ -92,7 +92,7 @@ def test_profiles_and_arms_give_valid_settings(name):
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_profiles_header_says_what_it_costs_or_that_it_was_not_run(name):
     header = [line for line in (ROOT / f"profiles/{name}.yaml").read_text().splitlines() if line.startswith("#")]
-    assert re.search(r"minutes|hours|[Nn]ot (run|trained)", " ".join(header)), header
+    assert re.search(r"\d min\b|minutes|hours|[Nn]ot (run|trained)", " ".join(header)), header
 
 
 @pytest.mark.parametrize("path", YAML_FILES)

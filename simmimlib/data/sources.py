@@ -142,7 +142,7 @@ def image_folder(path: str) -> Source:
         if unknown := [name for name in val_classes if name not in classes]:
             raise ValueError(f"{val_root} has classes that {train_root} lacks: {', '.join(unknown[:10])}")
         val = _labelled_files(val_root, classes)
-    return Source(root.resolve().name, train, val, classes)
+    return Source(root.absolute().name, train, val, classes)  # of a link, its own name
 
 
 def _visible(folder: str | Path) -> list[os.DirEntry[str]]:

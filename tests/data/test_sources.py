@@ -125,3 +125,10 @@ def test_class_folders_beside_a_val_folder(tmp_path):
 def test_a_set_has_the_name_of_its_folder(image_folder, monkeypatch):
     monkeypatch.chdir(image_folder)
     assert sources.image_folder(".").name == "images"
+
+
+def test_a_linked_folder_has_the_name_of_the_link(tmp_path, image_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/cifar10").symlink_to(image_folder)
+    assert sources.find_images(DataSettings(data="cifar10", channels=3)).name == "cifar10"
