@@ -77,7 +77,12 @@ def test_papermill_explains_every_parameter(name):
         assert f"{field}: " in shown and re.sub(r"\s+", " ", settings.about[field]) in shown, field
 
 
-@pytest.mark.parametrize("name", PROFILES)
+WHOLE_GRIDS = ("cifar10", "cifar10-cpu", "imagenette")  # profiles of so many arms that a test of them is slow
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in WHOLE_GRIDS)) for name in PROFILES]
+)
 def test_profiles_and_arms_give_valid_settings(name):
     profile = load_profile(name)
     DataSettings.from_values(data_parameters(profile))

@@ -18,6 +18,7 @@ def points_of(axis):
     return sorted(tuple(line.get_xydata()[0].round(1)) for line in axis.get_lines() if line.get_marker() == "o")
 
 
+@pytest.mark.slow
 def test_accuracy_over_avg_dist_shows_the_mask_arms_on_the_relative_axis(arms):
     frame = runs(default=[50, 65, 80], l2=[51, 66, 81], ratio_20=[48, 63, 77])
     frame["pretrain_avg_dist"] = frame["arm"].map({"default": 2.4, "l2": 2.4, "ratio_20": 1.6})
