@@ -21,11 +21,8 @@ GROUPS = {
     "machine": ("settings.py", "machine/device.py", "machine/distributed.py"),
     "report": ("report/*.py",),
 }
-PACKING = (
-    "data/sources.py",
-    "data/decoding.py",
-    "data/packing.py",
-)  # packing a large set takes hours: it has a group of its own
+# packing a large set takes hours: it has a group of its own
+PACKING = ("data/sources.py", "data/decoding.py", "data/packing.py")
 GROUPS["packing"] = PACKING
 TRAINING = ("model", "data", "train", "machine")  # what a training run's numbers follow from, beside its images
 

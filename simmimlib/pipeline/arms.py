@@ -35,9 +35,9 @@ def arms_of(name: str) -> list[str]:
 
 def changes_of(arm: str) -> str:
     """What an arm changes, on one line."""
-    found = []
+    changes, found = load_arms()[arm], []
     for stage in STAGES:
-        for name, value in load_arms()[arm][stage].items():
+        for name, value in changes[stage].items():
             if name == "scale":
                 found += [f"{key} x {factor}" for key, factor in value.items()]
             elif stage != "probe":
@@ -46,10 +46,7 @@ def changes_of(arm: str) -> str:
 
 
 def _grid() -> dict:
-    return _read_yaml(project_root() / "arms.yaml")
-
-
-def _read_yaml(path: Path) -> dict:
+    path = project_root() / "arms.yaml"
     stat = path.stat()
     return copy.deepcopy(_parse(str(path), stat.st_mtime_ns, stat.st_size))
 
@@ -69,8 +66,9 @@ def runs_of(profile: dict) -> dict[str, dict]:
     runs: dict[str, dict] = {}
     for group, count in profile["arms"].items():
         require(1 <= count <= len(seeds), f"arms: {group}", count, f"from 1 to {len(seeds)}, the number of seeds")
+        arms = arms_of(group)
         for seed in seeds[:count]:
-            for arm in arms_of(group):
+            for arm in arms:
                 changes = {stage: known[arm][stage] for stage in STAGES}
                 runs.setdefault(f"{name}-{arm}-{seed}", {"arm": arm, "seed": seed, **changes})
     return runs
