@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from conftest import ROOT
 from simmimlib.model.encoders import create_encoder
 from simmimlib.model.masking import MaskGenerator
 from simmimlib.model.simmim import SimMIM
@@ -28,6 +29,14 @@ ENCODERS = {
 VIT = {"embed_dim": 48, "depth": 2, "num_heads": 4}
 SWIN = {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "window_size": 2}
 OFFICIAL = {"swin": ("swin_tiny_patch4_window7_224", SWIN), "vit": ("simmim_vit_base", VIT)}
+
+
+def golden(name):
+    """A file of the official code's numbers; the test is skipped where it is not."""
+    path = ROOT.parent / "shared" / "golden" / name
+    if not path.is_file():
+        pytest.skip(f"{name}: the official code's numbers are not in ../shared/golden")
+    return path
 
 
 def build(name, in_chans=3):

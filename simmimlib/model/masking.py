@@ -55,6 +55,7 @@ class MaskGenerator:
         self.grid = height // mask_patch_size, width // mask_patch_size
         self.repeat = mask_patch_size // model_patch_size  # tokens per mask patch, along one side
         self.count = math.ceil(math.prod(self.grid) * ratio)
+        self.hidden = self.count * self.repeat**2  # tokens of each image
         self.strategy = strategy
 
     def __call__(

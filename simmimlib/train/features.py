@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from simmimlib.data.batches import Batches
 from simmimlib.machine.device import autocast
 from simmimlib.machine.distributed import local_shard, sum_over_ranks
+from simmimlib.model.encoders import is_convnext
 from simmimlib.settings import require
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a timm model, first to last; of a Swin those of all stages."""
-    return [block for stage in getattr(model, "layers", [model]) for block in stage.blocks]
+    """The blocks of a timm model, first to last; of a Swin or ConvNeXt those of all stages."""
+    stages = model.stages if is_convnext(model) else getattr(model, "layers", [model])
+    return [block for stage in stages for block in stage.blocks]  # type: ignore[union-attr]
 
 
 def check_block(model: nn.Module, block: int) -> None:
@@ -26,7 +28,7 @@ def check_block(model: nn.Module, block: int) -> None:
 
 
 def mean_tokens(tokens: Tensor, prefix: int = 0) -> Tensor:
-    """[B, prefix + N, D] (ViT) or [B, h, w, D] (Swin) -> mean of the patch tokens [B, D], float32."""
+    """[B, prefix + N, D] (ViT) or [B, h, w, D] (Swin, ConvNeXt) -> mean of the patch tokens [B, D], float32."""
     tokens = tokens[:, prefix:] if tokens.ndim == 3 else tokens.flatten(1, 2)
     return tokens.float().mean(1)
 
@@ -49,6 +51,8 @@ def block_features(model: nn.Module, images: Tensor, blocks: Collection[int]) ->
         for hook in hooks:
             hook.remove()
     prefix = getattr(model, "num_prefix_tokens", 0)
+    if is_convnext(model):
+        outputs = {number: output.permute(0, 2, 3, 1) for number, output in outputs.items()}
     return {number: mean_tokens(outputs[number], prefix) for number in blocks}
 
 

@@ -2,7 +2,9 @@
 
 What the official code does and this module keeps: one-dimensional parameters and biases are not decayed; in
 pre-training the relative position bias tables are (its exemption there never matches a name), in fine-tuning Swin's
-are not; the mask token is decayed in a ViT and not in a Swin. Layer decay scales the peak rate of each group, while
+are not; the mask token is decayed in a ViT and not in a Swin. MAE and FCMAE exempt no name in pre-training: class and
+mask tokens are decayed. (GRN's parameters, which the official FCMAE decays, have one dimension in timm and are not.)
+Layer decay scales the peak rate of each group, while
 the warm-up's start and the minimum are the same for all groups. The cosine counts from step 0, so the rate has
 already dropped a little when the warm-up ends.
 """
@@ -14,6 +16,8 @@ import torch
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from torch import nn
 
+from simmimlib.model.encoders import is_convnext
+from simmimlib.model.simmim import SimMIM
 from simmimlib.train.settings import TrainSettings
 
 
@@ -24,6 +28,8 @@ def scale_rate(rate: float, batch_size: int) -> float:
 
 def not_decayed(model: Any, pretraining: bool) -> set[str]:
     """Names of parameters with two or more dimensions that are exempt from weight decay."""
+    if is_convnext(model):
+        return set()
     is_swin = hasattr(model, "layers")
     names = set(model.no_weight_decay())
     if pretraining or not is_swin:
@@ -36,21 +42,25 @@ def not_decayed(model: Any, pretraining: bool) -> set[str]:
 def layer_id(name: str, depths: list[int]) -> int:
     """Depth of a timm parameter: 0 for the patch embedding, 1 ... L for the blocks, L + 1 for what is on top.
 
-    ``depths`` are Swin's blocks per stage, or [L] for a ViT. A downsample belongs to the last block below it.
+    ``depths`` are the blocks of each stage, or [L] for a ViT. A Swin's downsample belongs to the last block below it,
+    a ConvNeXt's, and its stem, to the first block above it (the official code's "single" rule).
     """
     if name.startswith(("patch_embed", "cls_token", "reg_token", "dist_token", "pos_embed", "rel_pos_bias")):
         return 0
     if match := re.match(r"blocks\.(\d+)\.", name):
         return int(match[1]) + 1
-    if match := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name):
+    if match := re.match(r"(?:layers|stages)\.(\d+)\.blocks\.(\d+)\.", name):
         return sum(depths[: int(match[1])]) + int(match[2]) + 1
     if match := re.match(r"layers\.(\d+)\.downsample\.", name):  # timm puts it at the start of the next stage
         return sum(depths[: int(match[1])])
+    if match := re.match(r"stages\.(\d+)\.downsample\.|stem\.", name):
+        return sum(depths[: int(match[1] or 0)]) + 1
     return sum(depths) + 1
 
 
 def block_depths(model: Any) -> list[int]:
-    return [len(stage.blocks) for stage in model.layers] if hasattr(model, "layers") else [len(model.blocks)]
+    stages = model.stages if is_convnext(model) else getattr(model, "layers", [model])
+    return [len(stage.blocks) for stage in stages]
 
 
 def parameter_groups(
@@ -58,15 +68,18 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimiser groups, one for each layer and for decayed / not decayed parameters.
 
-    ``model`` is a ``SimMIM`` in pre-training and a timm model in fine-tuning.
+    ``model`` is a ``MaskedImageModel`` in pre-training and a timm model in fine-tuning. Fixed positions are in none.
     """
     timm_model, prefix = (
         (model.encoder.model, "encoder.model.") if pretraining else (model, "")  # type: ignore[union-attr]
     )
-    exempt, depths = not_decayed(timm_model, pretraining), block_depths(timm_model)
+    depths = block_depths(timm_model)
+    exempt = not_decayed(timm_model, pretraining) if isinstance(model, SimMIM) or not pretraining else set()
     top = sum(depths) + 1
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for full_name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         name = full_name.removeprefix(prefix)
         decayed = parameter.ndim > 1 and not name.endswith(".bias") and name not in exempt
         layer = layer_id(name, depths) if layer_decay < 1 else top
@@ -75,8 +88,8 @@ def parameter_groups(
     return list(groups.values())
 
 
-def create_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+def create_optimizer(groups: list[dict[str, Any]], beta2: float = 0.999) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, betas=(0.9, beta2), eps=1e-8, fused=True)
 
 
 def create_schedule(

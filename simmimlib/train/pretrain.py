@@ -14,13 +14,13 @@ from simmimlib.machine.distributed import launch, rank, sum_over_ranks
 from simmimlib.machine.files import write_json
 from simmimlib.model.avgdist import avg_dist
 from simmimlib.model.masking import MaskGenerator
-from simmimlib.model.simmim import SimMIM
+from simmimlib.model.mim import MaskedImageModel
 from simmimlib.model.targets import ClusterTarget
 from simmimlib.train.loop import train
 from simmimlib.train.optim import parameter_groups, scale_rate
 from simmimlib.train.run import Run
 from simmimlib.train.settings import PretrainSettings
-from simmimlib.weights.checkpoints import save_simmim
+from simmimlib.weights.checkpoints import save_model
 
 VALIDATION_IMAGES = 1000  # the validation loss is taken on the first so many images, with the same masks each time
 CLUSTER_IMAGES = 2000  # training images that the colour clusters are fitted on, the same for every seed
@@ -62,18 +62,18 @@ def _pretrain(settings: PretrainSettings, on_epoch: Callable | None = None) -> d
             "data_digest": data.digest,
         }
         if rank() == 0:
-            save_simmim(out / "model.safetensors", model)
+            save_model(out / "model.safetensors", model)
             write_json(out / "metrics.json", metrics)
     return metrics
 
 
-def masked_loss(model: SimMIM, images: Tensor, masks: Tensor) -> Tensor:
+def masked_loss(model: MaskedImageModel, images: Tensor, masks: Tensor) -> Tensor:
     return model(images, masks).loss
 
 
 @torch.inference_mode()
 def validation_loss(
-    model: SimMIM, masks: MaskGenerator, data: Packed, settings: PretrainSettings, dtype: torch.dtype
+    model: MaskedImageModel, masks: MaskGenerator, data: Packed, settings: PretrainSettings, dtype: torch.dtype
 ) -> float | None:
     """The run's own loss on validation images, under masks that are the same for every model; None without images."""
     if not len(data.val):
@@ -89,6 +89,6 @@ def validation_loss(
 
 
 @torch.inference_mode()
-def reconstruct(model: SimMIM, images: Tensor, mask: Tensor) -> Tensor:
+def reconstruct(model: MaskedImageModel, images: Tensor, mask: Tensor) -> Tensor:
     """Predicted pixels [B, C, H, W] of normalised images under a mask, in evaluation mode."""
     return model.eval()(images, mask).prediction.float()

@@ -86,7 +86,7 @@ class Run:
         self.title, self.settings, self.batches, self.model = title, settings, batches, model
         self.device, self.augment = batches.device, augment
         self.dtype = resolve_precision(settings.precision, self.device)
-        self.optimizer = create_optimizer(groups)
+        self.optimizer = create_optimizer(groups, settings.beta2)
         self.schedule = create_schedule(self.optimizer, settings, len(batches))
         self.objective: Any = Objective(model, loss)
         self.no_sync: Callable = contextlib.nullcontext

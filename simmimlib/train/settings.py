@@ -3,22 +3,27 @@
 Device, number of processes and memory are none of them: they are found when a run starts (``machine/device.py``).
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from simmimlib.data.batches import SOURCES
 from simmimlib.data.crops import INTERPOLATIONS
 from simmimlib.machine.device import PRECISIONS
-from simmimlib.model.encoders import Encoder, create_encoder
+from simmimlib.model.encoders import POSITIONS, Encoder, create_encoder
+from simmimlib.model.fcmae import FCMAE
 from simmimlib.model.heads import HEADS
+from simmimlib.model.mae import MAE, init_mae
 from simmimlib.model.masking import STRATEGIES, MaskGenerator
+from simmimlib.model.mim import MaskedImageModel
 from simmimlib.model.simmim import SimMIM
 from simmimlib.model.targets import LOSSES, SCOPES, TARGETS
 from simmimlib.settings import Settings, one_of, require, setting
 from simmimlib.train.features import check_block
-from simmimlib.weights.checkpoints import load_simmim
+from simmimlib.weights.checkpoints import METHODS, load_model
 
 SCHEDULES = ("cosine", "step")
 SMALL_VIT = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
@@ -29,7 +34,7 @@ class RunSettings(Settings):
     """The settings that every run has."""
 
     data: str = setting("mnist5k", "a folder packed by 01_data; mnist5k is packed on first use")
-    encoder: str = setting("vit_tiny_patch16_224", "timm's ViT, DeiT, BEiT, Swin | simmim_vit_base")
+    encoder: str = setting("vit_tiny_patch16_224", "timm's ViT, Swin, ConvNeXtV2 | simmim_vit_base")
     encoder_kwargs: dict = setting(SMALL_VIT, "changes to that timm model")  # noqa: RUF009
     image_size: int = setting(32, "pixels, a multiple of the encoder's stride")
     precision: str = setting("auto", "auto (bfloat16 on a GPU that has it) | float32 | bfloat16")
@@ -54,6 +59,7 @@ class TrainSettings(RunSettings):
     schedule: str = setting("cosine", "cosine | step (a tenth of the rate from decay_epoch on)")
     decay_epoch: int = setting(0, "the epoch of the step schedule's step")
     weight_decay: float = setting(0.05, "of AdamW")
+    beta2: float = setting(0.999, "of AdamW (MAE, FCMAE: 0.95 in pre-training)")
     drop_path: float = setting(0.0, "stochastic depth of the encoder, 0 to 1")
     clip_grad: float = setting(5.0, "largest norm of the gradient")
     crop_scale: float = setting(1.0, "least share of the area a random crop keeps; 1 means no crop")
@@ -72,6 +78,7 @@ class TrainSettings(RunSettings):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("base_lr", "base_warmup_lr", "base_min_lr", "warmup_epochs", "weight_decay", "epochs"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(0 < self.beta2 < 1, "beta2", self.beta2, "above 0 and below 1")
         require(self.skip_nonfinite >= 0, "skip_nonfinite", self.skip_nonfinite, "0 (stop) or more")
 
 
@@ -79,10 +86,15 @@ class TrainSettings(RunSettings):
 class PretrainSettings(TrainSettings):
     """Settings of ``pretrain`` (paper section 4.1)."""
 
+    method: str = setting("simmim", "simmim | mae (encoder: a ViT) | fcmae (encoder: a ConvNeXtV2)")
     mask_patch_size: int = setting(8, "side of a mask patch, pixels (paper: 32 at 192)")
     mask_ratio: float = setting(0.5, "share of the mask patches to hide (paper: 0.6)")
     mask_strategy: str = setting("random", "random | square | block")
+    positions: str = setting("", "of a ViT: learned | sincos; empty: sincos with mae, else learned")
     head: str = setting("linear", "linear | mlp | blocks_1, _2, _4, _8 | inverse_swin_t, _b")
+    decoder_width: int = setting(0, "mae, fcmae: channels of the decoder; 0: half of the encoder's")
+    decoder_depth: int = setting(1, "mae, fcmae: blocks of the decoder (official: mae 8, fcmae 1)")
+    decoder_heads: int = setting(0, "mae: attention heads of the decoder; 0: one for 32 channels")
     loss: str = setting("l1", "l1 | l2 | smooth_l1")
     beta: float = setting(1.0, "where smooth_l1 turns from quadratic to linear")
     scope: str = setting("masked", "masked (predict what is hidden) | all (reconstruct everything)")
@@ -96,21 +108,52 @@ class PretrainSettings(TrainSettings):
 
     def check(self) -> None:
         super().check()
+        one_of("method", self.method, METHODS)
+        one_of("positions", self.positions, ("", *POSITIONS))
         one_of("head", self.head, HEADS)
         one_of("loss", self.loss, LOSSES)
         one_of("scope", self.scope, SCOPES)
         one_of("target", self.target, TARGETS)
         one_of("mask_strategy", self.mask_strategy, STRATEGIES)
         require(0 < self.mask_ratio <= 1, "mask_ratio", self.mask_ratio, "above 0 and at most 1")
+        for name in ("decoder_width", "decoder_heads"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.decoder_depth > 0, "decoder_depth", self.decoder_depth, "1 or more")
         with torch.device("meta"):  # names and sizes that do not fit stop here, before any data is read
-            self.masks(self.model().encoder.patch_size)
+            encoder = self.model().encoder
+            masks = self.masks(encoder.patch_size)
+        if self.method == "simmim":
+            return
+        require(self.head == "linear", "head", self.head, f"linear with method = {self.method}, which has a decoder")
+        require(self.resolution == 1, "resolution", self.resolution, f"1 with method = {self.method}")
+        allowed = f"low enough to leave a patch visible with method = {self.method}"
+        require(masks.count < math.prod(masks.grid), "mask_ratio", self.mask_ratio, allowed)
+        if self.method == "fcmae":
+            whole = self.mask_patch_size % encoder.stride == 0
+            allowed = f"a multiple of {encoder.stride}, the encoder's stride, with method = fcmae"
+            require(whole, "mask_patch_size", self.mask_patch_size, allowed)
 
-    def model(self, in_chans: int = 3, mean: float | list[float] = 0.5, std: float | list[float] = 0.25) -> SimMIM:
+    def model(
+        self, in_chans: int = 3, mean: float | list[float] = 0.5, std: float | list[float] = 0.25
+    ) -> MaskedImageModel:
         """The untrained model; ``mean`` and ``std`` are the data set's."""
         kwargs = {"drop_path_rate": self.drop_path, **self.encoder_kwargs}
-        encoder = create_encoder(self.encoder, self.image_size, in_chans, **kwargs)
-        parts = (self.head, self.loss, self.scope, self.target, self.beta, self.resolution)
-        return SimMIM(encoder, *parts, mean=mean, std=std)
+        positions = self.positions or ("sincos" if self.method == "mae" else "learned")
+        mask_token = self.method == "simmim"
+        encoder = create_encoder(
+            self.encoder, self.image_size, in_chans, mask_token=mask_token, positions=positions, **kwargs
+        )
+        scored: dict[str, Any] = {"loss": self.loss, "scope": self.scope, "target": self.target, "beta": self.beta}
+        scored |= {"mean": mean, "std": std}
+        if self.method == "fcmae":
+            return FCMAE(encoder, self.decoder_width, self.decoder_depth, **scored)
+        if self.method == "mae":
+            masks = self.masks(encoder.patch_size)
+            decoder = (self.decoder_width, self.decoder_depth, self.decoder_heads)
+            model = MAE(encoder, *decoder, visible=math.prod(encoder.grid_size) - masks.hidden, **scored)
+            init_mae(model)
+            return model
+        return SimMIM(encoder, self.head, resolution=self.resolution, **scored)
 
     def masks(self, model_patch_size: int) -> MaskGenerator:
         return MaskGenerator(
@@ -142,7 +185,7 @@ class CheckpointSettings(RunSettings):
         """The checkpoint's encoder, or an untrained one."""
         if not self.checkpoint:
             return create_encoder(self.encoder, self.image_size, in_chans, **self.encoder_kwargs)
-        encoder = load_simmim(self.checkpoint).encoder
+        encoder = load_model(self.checkpoint).encoder
         require(encoder.config["in_chans"] == in_chans, "data", self.data, "of the checkpoint's channel count")
         return encoder
 

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table, resize_rel_pos_bias_table_simple
@@ -18,22 +19,30 @@ from torch import Tensor, nn
 
 from simmimlib.machine.files import whole_file
 from simmimlib.model.encoders import Encoder, create_encoder
+from simmimlib.model.fcmae import FCMAE
+from simmimlib.model.mae import MAE
+from simmimlib.model.mim import MaskedImageModel
 from simmimlib.model.simmim import SimMIM
 from simmimlib.weights.formats import read_state, to_simmimlib
 
 log = logging.getLogger("simmimlib")
 Model = TypeVar("Model", bound=nn.Module)
 
-DERIVED = re.compile(r"\.(relative_position_index|relative_coords_table|attn_mask)$")  # follows from the sizes
+# follows from the sizes
+DERIVED = re.compile(r"\.(relative_position_index|relative_coords_table|attn_mask)$|^decoder_pos_embed$")
 SHARED_BIAS = "rel_pos_bias.relative_position_bias_table"
 # the parts of a timm model that come after its tokens and that fine-tuning may start anew
 CLASSIFIER, TOP = r"head(_dist)?\.", r"(head|head_dist|fc_norm|attn_pool)\."
 
 
-def save_simmim(path: str | Path, model: SimMIM) -> None:
-    """Writes weights and, in the header, what rebuilds the model."""
+METHODS: dict[str, type[MaskedImageModel]] = {"simmim": SimMIM, "mae": MAE, "fcmae": FCMAE}
+
+
+def save_model(path: str | Path, model: MaskedImageModel) -> None:
+    """Writes a SimMIM's, MAE's or FCMAE's weights and, in the header, what rebuilds it."""
+    method = next(name for name, kind in METHODS.items() if type(model) is kind)
     # one entry: safetensors writes several in an order that differs from run to run
-    save_weights(path, model, {"simmimlib": json.dumps({"encoder": model.encoder.config, "simmim": model.config})})
+    save_weights(path, model, {"simmimlib": json.dumps({"encoder": model.encoder.config, method: model.config})})
 
 
 def save_weights(path: str | Path, model: nn.Module, header: dict[str, str] | None = None) -> None:
@@ -42,18 +51,20 @@ def save_weights(path: str | Path, model: nn.Module, header: dict[str, str] | No
         save_file(model.state_dict(), temporary, header)
 
 
-def load_simmim(path: str | Path) -> SimMIM:
+def load_model(path: str | Path) -> MaskedImageModel:
     """Rebuilds a pre-trained model from its file.
 
     Raises:
-        ValueError: no such file, or not one that ``save_simmim`` wrote.
+        ValueError: no such file, or not one that ``save_model`` wrote.
     """
     if not Path(path).is_file():
         raise ValueError(f"checkpoint = {str(path)!r}: there is no such file")
     try:
         with safe_open(path, "pt") as file:
             config = json.loads((file.metadata() or {})["simmimlib"])
-        model = SimMIM(create_encoder(**config["encoder"]), **config["simmim"])
+        encoder = create_encoder(**config.pop("encoder"))
+        ((method, settings),) = config.items()
+        model = METHODS[method](encoder, **settings)
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"checkpoint = {str(path)!r}: not a file written by simmimlib's pre-training") from error
     return load_checkpoint(path, model)
@@ -65,13 +76,14 @@ def load_checkpoint(path_or_state_dict: str | Path | dict, model: Model) -> Mode
     Args:
         path_or_state_dict: a ``.safetensors`` file, a ``.pth``, ``.pt`` or ``.bin`` file of tensors (never unpickled),
             a folder as Hugging Face's ``save_pretrained`` writes it, or the dictionary itself. Its keys tell whose it
-            is: ours, the official SimMIM's (pre-trained or fine-tuned), transformers' ``SwinForMaskedImageModeling``
-            or ``ViTForMaskedImageModeling``, or timm's. Only weights are read: the model's own settings, such as the
-            epsilon of its norms, have to match.
-        model: our ``SimMIM``, its ``Encoder``, or a plain timm model.
+            is: ours, the official SimMIM's, MAE's or FCMAE's (pre-trained or fine-tuned), transformers'
+            ``SwinForMaskedImageModeling`` or ``ViTForMaskedImageModeling``, or timm's. Only weights are read: the
+            model's own settings, such as the epsilon of its norms, have to match.
+        model: our ``SimMIM``, ``MAE`` or ``FCMAE``, its ``Encoder``, or a plain timm model.
 
     What may differ, and is logged: position embeddings and relative position biases of a square grid are resized;
-    derived buffers are dropped; an ``Encoder`` or timm model takes no prediction head and a timm model no mask token;
+    derived buffers are dropped; an ``Encoder`` or timm model takes no prediction head or decoder, and one without a
+    mask token none; linear layers fit 1 x 1 convolutions;
     a classifier is taken only for the same number of classes; what a timm model has after its tokens may stay new.
 
     Raises:
@@ -80,11 +92,17 @@ def load_checkpoint(path_or_state_dict: str | Path | dict, model: Model) -> Mode
     given = isinstance(path_or_state_dict, dict)
     style, state = to_simmimlib(read_state(path_or_state_dict))
     own = model.state_dict()
-    prefix = "" if isinstance(model, SimMIM) else "encoder." if isinstance(model, Encoder) else "encoder.model."
+    prefix = (
+        "" if isinstance(model, MaskedImageModel) else "encoder." if isinstance(model, Encoder) else "encoder.model."
+    )
     inner = "encoder.model.".removeprefix(prefix)  # where the timm model lies in `own`
 
     derived = [name for name in state if DERIVED.search(name)]
-    left_out = [name for name in state if not name.startswith(prefix) or (not inner and name.endswith(".mask_token"))]
+    left_out = [
+        name
+        for name in state
+        if not name.startswith(prefix) or (name.endswith(".mask_token") and name.removeprefix(prefix) not in own)
+    ]
     state = {name.removeprefix(prefix): state[name] for name in state if name not in {*derived, *left_out}}
     classifier, new = [name for name in state if re.match(inner + CLASSIFIER, name)], []
     if all(name not in own or _only_count_differs(state[name], own[name]) for name in classifier):
@@ -98,6 +116,9 @@ def load_checkpoint(path_or_state_dict: str | Path | dict, model: Model) -> Mode
     if inner + SHARED_BIAS in state and tables:
         state |= dict.fromkeys(tables, state.pop(inner + SHARED_BIAS))
 
+    for name in state:  # timm's smaller ConvNeXts have 1 x 1 convolutions for linear layers
+        if name in own and state[name].shape != own[name].shape and _squeezed(state[name]) == _squeezed(own[name]):
+            state[name] = state[name].reshape(own[name].shape)
     resized = [name for name in state if name in own and state[name].shape != own[name].shape]
     state |= {name: _resize(name, state[name], model) for name in resized}
 
@@ -145,6 +166,11 @@ def _is_square(count: int) -> bool:
 
 def _only_count_differs(a: Tensor, b: Tensor) -> bool:
     return a.shape[1:] == b.shape[1:] and len(a) != len(b)
+
+
+def _squeezed(tensor: Tensor) -> torch.Size:
+    """The shape [out, in] of a linear layer's weight, or of a 1 x 1 convolution's [out, in, 1, 1]."""
+    return tensor.shape[:2] if tensor.shape[2:] == (1, 1) else tensor.shape
 
 
 def _some(names: list[str]) -> str:

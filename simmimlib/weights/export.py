@@ -8,8 +8,8 @@ import timm
 import torch
 from torch import nn
 
-from simmimlib.model.encoders import SIMMIM_VIT_BASE, Encoder
-from simmimlib.model.simmim import SimMIM
+from simmimlib.model.encoders import SIMMIM_VIT_BASE, Encoder, is_convnext
+from simmimlib.model.mim import MaskedImageModel
 from simmimlib.weights.checkpoints import load_checkpoint
 
 TIMM_FILES = {"model.safetensors", "config.json"}
@@ -36,19 +36,23 @@ def export_timm(
     if name == "simmim_vit_base":
         name = SIMMIM_VIT_BASE[0]  # fine-tuning has a relative bias table in each block
     trained_size, final_norm = config.pop("image_size"), config.pop("final_norm", True)
+    for pretraining_only in ("mask_token", "positions"):
+        config.pop(pretraining_only, None)
+    convolutional = is_convnext(encoder.model)  # takes images of any size
+    sized = {} if convolutional else {"img_size": trained_size}
     pooled = global_pool is not None
     if not pooled:
         global_pool = "token" if "distilled" in name else ""
     model = timm.create_model(
-        name, img_size=trained_size, num_classes=num_classes, global_pool=global_pool, **{**config, **timm_kwargs}
+        name, num_classes=num_classes, global_pool=global_pool, **{**sized, **config, **timm_kwargs}
     )
-    norm = model.norm
+    norm: Any = getattr(model, "norm", None)
     if not final_norm:
         model.norm = nn.Identity()
     load_checkpoint(encoder.state_dict(), model)
-    if pooled:
-        model.norm = norm  # of an encoder without one: a new one for fine-tuning
-    if image_size is not None and image_size != trained_size:
+    if pooled and not final_norm:
+        model.norm = norm  # a new one for fine-tuning
+    if image_size is not None and image_size != trained_size and not convolutional:
         model.set_input_size(  # type: ignore[operator]
             img_size=(image_size, image_size) if isinstance(image_size, int) else image_size
         )
@@ -67,7 +71,7 @@ def save_timm(model: nn.Module, folder: str | Path) -> None:
             that holds anything else.
     """
     folder = Path(folder)
-    if isinstance(model, (SimMIM, Encoder)) or not hasattr(model, "pretrained_cfg"):
+    if isinstance(model, (MaskedImageModel, Encoder)) or not hasattr(model, "pretrained_cfg"):
         raise ValueError(f"model of type {type(model).__name__}: must be a timm model, as export_timm returns it")
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - TIMM_FILES):
         raise ValueError(f"folder = {str(folder)!r}: must be new, or hold nothing but {', '.join(sorted(TIMM_FILES))}")

@@ -1,5 +1,6 @@
 """Whose weights these are: the official ``.pth``, Hugging Face's, timm's or our own, told by the tensors' names."""
 
+import math
 import re
 from pathlib import Path
 
@@ -45,6 +46,29 @@ FORMATS = (
         ),
     ),
     (
+        "the official MAE's",
+        r"decoder_(embed|pred)\.",
+        ((r"^(?!decoder_|mask_token)", "encoder.model."),),
+    ),
+    (
+        "the official FCMAE's",
+        r"(encoder\.)?downsample_layers\.",
+        (  # two spellings: of the sparse encoder in pre-training, and of the dense one in fine-tuning
+            (r"\bdownsample_layers\.0\.", "stem."),
+            (r"\bdownsample_layers\.(\d+)\.", r"stages.\1.downsample."),
+            (r"\bstages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+            (r"\.(ln|linear)\.", "."),
+            (r"\.dwconv\.", ".conv_dw."),
+            (r"\.pwconv(\d)\.", r".mlp.fc\1."),
+            (r"\.grn\.gamma$", ".mlp.grn.weight"),
+            (r"\.grn\.beta$", ".mlp.grn.bias"),
+            (r"\.kernel$", ".weight"),
+            (r"^norm\.", "head.norm."),
+            (r"^head\.(?!norm)", "head.fc."),
+            (r"^encoder\.|^(?=stem\.|stages\.|head\.)", "encoder.model."),
+        ),
+    ),
+    (
         "the official Swin's",
         r"(encoder\.)?layers\.0\.downsample\.",
         (*ENCODER_AND_DECODER, NEXT_STAGE, (r"^encoder\.model\.head\.", "encoder.model.head.fc.")),
@@ -67,7 +91,35 @@ def to_simmimlib(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
         if all(part in renamed for part in parts):  # timm: one linear layer for the three
             joined = torch.cat([renamed.pop(part) for part in parts])
             renamed[name.replace(".attn.q.", ".attn.qkv.")] = joined
+    if style == "the official MAE's":
+        _reorder_pixels(renamed, "decoder_pred", "encoder.model.patch_embed.proj.weight")
+    elif style == "the official FCMAE's":
+        renamed = {name: _dense(name, tensor) for name, tensor in renamed.items()}
+        _reorder_pixels(renamed, "pred", "encoder.model.stem.0.weight")
     return style, renamed
+
+
+def _reorder_pixels(state: dict[str, Tensor], layer: str, patch_embedding: str) -> None:
+    """Official rows of the last layer are ordered (row, column, channel), those of a pixel shuffle (channel, row,
+    column)."""
+    for name in (f"{layer}.weight", f"{layer}.bias"):
+        if name in state and state[name].ndim and patch_embedding in state:
+            rows, channels = state[name], state[patch_embedding].shape[1]
+            patch = math.isqrt(len(rows) // channels)
+            state[name] = rows.unflatten(0, (patch * patch, channels)).transpose(0, 1).flatten(0, 1)
+
+
+def _dense(name: str, tensor: Tensor) -> Tensor:
+    """A parameter of the official sparse encoder in the shape of a dense one; kernels have the row index fastest."""
+    if name.endswith((".bias", ".grn.weight")):
+        return tensor.flatten() if tensor.ndim else tensor
+    if name.endswith(".conv_dw.weight") and tensor.ndim == 2:  # [k * k, C] -> [C, 1, k, k]
+        side = math.isqrt(len(tensor))
+        return tensor.unflatten(0, (side, side)).permute(2, 1, 0).unsqueeze(1)
+    if name.endswith(".downsample.1.weight") and tensor.ndim == 3:  # [k * k, in, out] -> [out, in, k, k]
+        side = math.isqrt(len(tensor))
+        return tensor.unflatten(0, (side, side)).permute(3, 2, 1, 0)
+    return tensor
 
 
 def read_state(source: str | Path | dict) -> dict[str, Tensor]:

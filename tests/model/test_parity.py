@@ -7,23 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
 from simmimlib.model.encoders import create_encoder
 from simmimlib.model.masking import MaskGenerator
 from simmimlib.model.simmim import SimMIM
 from simmimlib.weights.checkpoints import load_checkpoint
 from simmimlib.weights.formats import to_simmimlib
-from small_models import OFFICIAL, build_official, hugging_face
+from small_models import OFFICIAL, build_official, golden, hugging_face
 
-GOLDEN = ROOT.parent / "shared" / "golden"
 CLOSE = {"rtol": 0, "atol": 1e-5}
-
-
-def golden(name):
-    path = GOLDEN / name
-    if not path.is_file():
-        pytest.skip(f"{name}: the official code's numbers are not in ../shared/golden")
-    return path
 
 
 @pytest.mark.parametrize("name", OFFICIAL)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from simmimlib.data.packed import open_packed
 from simmimlib.train.pretrain import pretrain, reconstruct, validation_loss
 from simmimlib.train.resume import read
-from simmimlib.weights.checkpoints import load_simmim
+from simmimlib.weights.checkpoints import load_model
 from small_runs import crashed, pretrain_settings
 
 
@@ -60,7 +60,7 @@ def test_the_initial_weights_of_an_encoder_do_not_depend_on_the_head(tmp_path, p
     weights = []
     for name, changes in (("a", {}), ("b", {"head": "mlp", "scope": "all", "target": "bins_8"})):
         pretrain(pretrain_settings(packed_folder, tmp_path / name, epochs=0, **changes))
-        weights.append(load_simmim(tmp_path / name / "model.safetensors").encoder.state_dict())
+        weights.append(load_model(tmp_path / name / "model.safetensors").encoder.state_dict())
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
 
 
@@ -70,7 +70,7 @@ def test_colour_clusters_are_fitted_on_training_images_whatever_the_seed(tmp_pat
     for seed in (0, 1):
         settings = pretrain_settings(packed_folder, tmp_path / "run", epochs=0, target="clusters_512", seed=seed)
         pretrain(settings)
-        colours.append(load_simmim(tmp_path / "run/model.safetensors").target.colours)
+        colours.append(load_model(tmp_path / "run/model.safetensors").target.colours)
     assert colours[0].equal(colours[1]) and len(colours[0].unique(dim=0)) == 512
     data = open_packed(packed_folder)
     mean, std = (torch.tensor(value) for value in (data.mean, data.std))

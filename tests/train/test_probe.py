@@ -19,7 +19,7 @@ from simmimlib.train import classifiers
 from simmimlib.train.classifiers import STRENGTHS, fit_linear, weighted_vote
 from simmimlib.train.features import extract
 from simmimlib.train.probe import knn, linear_probe, probe_blocks
-from simmimlib.weights.checkpoints import save_simmim
+from simmimlib.weights.checkpoints import save_model
 from simmimlib.weights.export import export_timm
 from small_runs import probe_settings
 
@@ -30,7 +30,7 @@ def save_encoder(path, in_chans=3, noise=0.0, **kwargs) -> str:
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter += noise * torch.randn_like(parameter)
-    save_simmim(path, SimMIM(encoder))
+    save_model(path, SimMIM(encoder))
     return str(path)
 
 

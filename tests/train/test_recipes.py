@@ -16,7 +16,7 @@ from simmimlib.pipeline.profiles import load_profile
 from simmimlib.train.optim import create_optimizer, create_schedule, scale_rate
 from simmimlib.train.pretrain import pretrain
 from simmimlib.train.settings import FinetuneSettings, PretrainSettings
-from simmimlib.weights.checkpoints import load_simmim
+from simmimlib.weights.checkpoints import load_model
 
 QUESTIONS = yaml.safe_load((ROOT / "arms.yaml").read_text())["questions"]
 ARMS = [arm for question in QUESTIONS.values() for arm in question["arms"]]
@@ -118,7 +118,7 @@ def test_every_arm_runs(arm, packed, tmp_path):
     metrics = pretrain(settings)
     assert metrics["loss"] is None if arm == "scratch" else math.isfinite(metrics["loss"])
     assert math.isfinite(metrics["val_loss"]) and metrics["avg_dist"] > 0
-    model = load_simmim(tmp_path / "run/model.safetensors").eval()
+    model = load_model(tmp_path / "run/model.safetensors").eval()
     images = torch.randn(1, 3, 64, 64)
     prediction = model(images, settings.masks(4)(1, torch.Generator().manual_seed(0))).prediction
     assert prediction.shape == images.shape and prediction.isfinite().all()

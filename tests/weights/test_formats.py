@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from simmimlib.weights.checkpoints import load_checkpoint, load_simmim, save_simmim
+from simmimlib.weights.checkpoints import load_checkpoint, load_model, save_model
 from simmimlib.weights.formats import read_state, to_simmimlib
 from small_models import build_official, hugging_face, to_official
 
@@ -22,7 +22,7 @@ def test_untrusted_and_broken_files_are_refused(tmp_path):
     state = to_official(model.state_dict())
     torch.save({"model": state, "config": Dangerous(tmp_path / "ran")}, tmp_path / "pickled.pth")
     torch.save({"model": state}, tmp_path / "whole.pth")
-    save_simmim(tmp_path / "whole.safetensors", model)
+    save_model(tmp_path / "whole.safetensors", model)
     for name in ("whole.pth", "whole.safetensors"):
         content = (tmp_path / name).read_bytes()
         (tmp_path / name.replace("whole", "half")).write_bytes(content[: len(content) // 2])
@@ -48,7 +48,7 @@ def test_untrusted_and_broken_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="the dictionary: must hold tensors by name"):
         load_checkpoint({"model": {"head.0.bias": [0.0]}}, model)
     load_checkpoint(str(tmp_path / "whole.pth"), model)
-    load_simmim(tmp_path / "whole.safetensors")
+    load_model(tmp_path / "whole.safetensors")
 
 
 def styles():

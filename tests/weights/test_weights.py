@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from simmimlib.model.encoders import create_encoder
 from simmimlib.model.simmim import SimMIM
-from simmimlib.weights.checkpoints import load_checkpoint, load_simmim, save_simmim
+from simmimlib.weights.checkpoints import load_checkpoint, load_model, save_model
 from simmimlib.weights.export import export_timm, save_timm
 from small_models import ENCODERS, OFFICIAL, SWIN, VIT, build, build_official, hugging_face, shake, to_official
 
@@ -16,8 +16,8 @@ from small_models import ENCODERS, OFFICIAL, SWIN, VIT, build, build_official, h
 def test_checkpoint_round_trip(tmp_path):
     encoder, images, mask = build("swin")
     model = SimMIM(encoder, loss="l2", scope="all")
-    save_simmim(tmp_path / "model.safetensors", model)
-    again = load_simmim(tmp_path / "model.safetensors").eval()
+    save_model(tmp_path / "model.safetensors", model)
+    again = load_model(tmp_path / "model.safetensors").eval()
     with torch.no_grad():
         assert torch.equal(again(images, mask).loss, model(images, mask).loss)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
@@ -32,9 +32,9 @@ def test_checkpoint_that_does_not_fit(tmp_path):
         load_checkpoint(state, model)
     (tmp_path / "junk.safetensors").write_bytes(b"junk" * 100)
     with pytest.raises(ValueError, match="not a file written by simmimlib"):
-        load_simmim(tmp_path / "junk.safetensors")
+        load_model(tmp_path / "junk.safetensors")
     with pytest.raises(ValueError, match="there is no such file"):
-        load_simmim(tmp_path / "none.safetensors")
+        load_model(tmp_path / "none.safetensors")
 
 
 def test_shared_relative_bias_is_copied_into_every_block():
@@ -217,8 +217,8 @@ def test_what_a_checkpoint_is_rebuilt_with(tmp_path):
     timm_name, size, kwargs = ENCODERS["vit"]
     encoder = create_encoder(timm_name, size, 1, final_norm=False, drop_path_rate=0.2, **kwargs)
     model = SimMIM(encoder, "blocks_2", "smooth_l1", "all", "normalised_pixels", beta=0.3, resolution=0.5)
-    save_simmim(tmp_path / "model.safetensors", model)
-    again = load_simmim(tmp_path / "model.safetensors")
+    save_model(tmp_path / "model.safetensors", model)
+    again = load_model(tmp_path / "model.safetensors")
     assert again.encoder.config == encoder.config and again.config == model.config
     images, mask = torch.randn(2, 1, 64, 64), torch.rand(2, 8, 8) < 0.5
     with torch.no_grad():
@@ -227,13 +227,13 @@ def test_what_a_checkpoint_is_rebuilt_with(tmp_path):
 
 def test_colour_bins_come_back_with_their_normalisation(tmp_path):
     model = SimMIM(build("vit")[0], target="bins_8", mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
-    save_simmim(tmp_path / "model.safetensors", model)
-    again = load_simmim(tmp_path / "model.safetensors").target
+    save_model(tmp_path / "model.safetensors", model)
+    again = load_model(tmp_path / "model.safetensors").target
     assert torch.equal(again.mean, model.target.mean) and torch.equal(again.std, model.target.std)
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path):
     model = SimMIM(build("vit")[0])
     for name in ("one", "two"):
-        save_simmim(tmp_path / f"{name}.safetensors", model)
+        save_model(tmp_path / f"{name}.safetensors", model)
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
