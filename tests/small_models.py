@@ -11,6 +11,7 @@ from simmimlib.model.masking import MaskGenerator
 from simmimlib.model.simmim import SimMIM
 
 SMALL_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+SMALL_CONVNEXT = {"depths": [1, 1, 2, 1], "dims": [8, 16, 24, 32]}
 SMALL_SWIN = {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)}
 ENCODERS = {
     "vit": ("vit_tiny_patch16_224", 64, {**SMALL_VIT, "patch_size": 8}),
@@ -22,6 +23,8 @@ ENCODERS = {
     "swin": ("swin_tiny_patch4_window7_224", 64, {**SMALL_SWIN, "window_size": 4}),
     "swin padded": ("swin_tiny_patch4_window7_224", 96, SMALL_SWIN),
     "swin v2": ("swinv2_tiny_window8_256", 64, {**SMALL_SWIN, "window_size": 4}),
+    "convnext v2": ("convnextv2_atto", 64, SMALL_CONVNEXT),
+    "convnext v2 fine": ("convnextv2_nano", 32, {**SMALL_CONVNEXT, "patch_size": 1}),
     "swin wide": ("swin_tiny_patch4_window7_224", (64, 96), {**SMALL_SWIN, "window_size": 2}),
 }
 
@@ -46,8 +49,14 @@ def build(name, in_chans=3):
     encoder = create_encoder(timm_name, size, in_chans, **kwargs).eval()
     height, width = (size, size) if isinstance(size, int) else size
     images = torch.randn(2, in_chans, height, width)
-    mask = MaskGenerator(size, 32, encoder.patch_size)(2, torch.Generator().manual_seed(0))
+    mask_patch = 32 if size != 32 else 8
+    mask = MaskGenerator(size, mask_patch, encoder.patch_size)(2, torch.Generator().manual_seed(0))
     return encoder, images, mask
+
+
+def mask_token_of(model):
+    (token,) = [parameter for name, parameter in model.named_parameters() if name.endswith("mask_token")]
+    return token
 
 
 def shake(model):

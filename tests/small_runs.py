@@ -9,6 +9,21 @@ from simmimlib.train import loop
 from simmimlib.train.pretrain import pretrain
 from simmimlib.train.settings import FinetuneSettings, PretrainSettings, ProbeSettings
 
+CONVNEXT = {"patch_size": 1, "depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
+METHODS = {  # changes to `pretrain_settings`
+    "simmim": {},
+    "mae": {"method": "mae", "mask_ratio": 0.75, "loss": "l2", "beta2": 0.95},
+    "fcmae": {
+        "method": "fcmae",
+        "encoder": "convnextv2_atto",
+        "encoder_kwargs": CONVNEXT,
+        "mask_patch_size": 8,
+        "loss": "l2",
+        "base_lr": 2.0,
+    },
+    "simmim on convolutions": {"encoder": "convnextv2_atto", "encoder_kwargs": CONVNEXT, "mask_patch_size": 8},
+}
+
 
 def pretrain_settings(packed, out, **changes):
     values = {"data": packed, "encoder_kwargs": TINY, "image_size": 16, "mask_patch_size": 4, "epochs": 15}

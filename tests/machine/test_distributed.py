@@ -20,7 +20,7 @@ from simmimlib.machine.distributed import (
 )
 from simmimlib.train.finetune import finetune
 from simmimlib.train.pretrain import pretrain
-from small_runs import finetune_settings, pretrain_settings
+from small_runs import METHODS, finetune_settings, pretrain_settings
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +41,9 @@ def compare(tmp_path, run, settings, packed, monkeypatch, **changes):
 
 
 @pytest.mark.slow
-def test_two_processes_pretrain_as_one(tmp_path, packed_folder, monkeypatch):
-    changes = {"epochs": 6, "crop_scale": 0.5, "flip": True}
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_pretrain_as_one(tmp_path, packed_folder, monkeypatch, method):
+    changes = {**METHODS[method], "epochs": 6, "crop_scale": 0.5, "flip": True}
     one, two = compare(tmp_path, pretrain, pretrain_settings, packed_folder, monkeypatch, **changes)
     assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-3)
     assert two == json.loads((tmp_path / "two/metrics.json").read_text())

@@ -4,7 +4,9 @@ from timm.layers import DropPath
 
 from simmimlib.model.encoders import create_encoder
 from simmimlib.weights.export import export_timm
-from small_models import ENCODERS, SMALL_VIT, build
+from small_models import ENCODERS, SMALL_VIT, build, mask_token_of
+
+WIDTH = {"swin": 16, "swin padded": 16, "swin v2": 16, "swin wide": 16, "convnext v2": 8, "convnext v2 fine": 8}
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -15,11 +17,11 @@ def test_masked_pixels_cannot_influence_the_output(name):
         features = encoder(images, mask)
         assert torch.equal(encoder(torch.where(hidden, 1e3, images), mask), features)
         assert not torch.allclose(encoder(torch.where(hidden, images, 1e3), mask), features)
-        encoder.model.patch_embed.mask_token += 1  # and the mask token does
+        mask_token_of(encoder).add_(1)  # and the mask token does
         assert not torch.allclose(encoder(images, mask), features)
 
 
-@pytest.mark.parametrize("name", ["vit", "beit", "swin", "swin v2", "deit distilled"])
+@pytest.mark.parametrize("name", ["vit", "beit", "swin", "swin v2", "deit distilled", "convnext v2"])
 def test_without_a_mask_it_is_timm(name):
     encoder, images, _ = build(name)
     plain = export_timm(encoder).eval()
@@ -28,7 +30,7 @@ def test_without_a_mask_it_is_timm(name):
         expected = plain.forward_features(images)
         if expected.ndim == 3:
             expected = expected[:, plain.num_prefix_tokens :].unflatten(1, encoder.model.patch_embed.grid_size)
-        assert torch.equal(encoder(images), expected.permute(0, 3, 1, 2))
+        assert torch.equal(encoder(images), expected if "convnext" in name else expected.permute(0, 3, 1, 2))
 
 
 def test_without_the_final_norm():
@@ -51,6 +53,24 @@ def test_without_the_final_norm():
         (lambda: create_encoder("swin_tiny_patch4_window7_224", 48), "image_size = 48: must be a multiple of 32"),
         (lambda: create_encoder("vit_tiny_patch16_224", (64, 60)), "image_size = (64, 60): must be a multiple of 16"),
         (lambda: build("vit")[0](torch.zeros(1, 3, 64, 64), torch.zeros(1, 4, 4).bool()), "must be (1, 8, 8)"),
+        (
+            lambda: build("convnext v2")[0](torch.zeros(1, 3, 64, 64), torch.zeros(1, 4, 4).bool()),
+            "(1, 16, 16)",
+        ),
+        (
+            lambda: create_encoder("convnext_tiny", 224),
+            "encoder = 'convnext_tiny': this family cannot take mask tokens",
+        ),
+        (lambda: create_encoder("convnextv2_atto", 48), "image_size = 48: must be a multiple of 32"),
+        (lambda: create_encoder("convnextv2_atto", 64, final_norm=False), "final_norm = False: convnextv2_atto has no"),
+        (lambda: create_encoder("swin_tiny_patch4_window7_224", 224, positions="sincos"), "needs absolute positions"),
+        (lambda: create_encoder("vit_tiny_patch16_224", 64, positions="rotary"), "positions = 'rotary': allowed are"),
+        (
+            lambda: create_encoder("vit_tiny_patch16_224", 32, mask_token=False)(
+                torch.zeros(1, 3, 32, 32), torch.zeros(1, 2, 2).bool()
+            ),
+            "created without a mask token",
+        ),
     ],
 )
 def test_bad_input(call, message):
@@ -113,6 +133,6 @@ def test_the_papers_vit_shares_one_bias_table_and_has_no_absolute_positions():
 @pytest.mark.parametrize("name", ENCODERS)
 def test_the_mask_token_starts_small_and_not_at_zero(name):
     encoder, _, _ = build(name)
-    token = encoder.model.patch_embed.mask_token
-    assert token.shape == (1, 1, encoder.model.patch_embed.proj.out_channels) and token.requires_grad
+    token = mask_token_of(encoder)
+    assert token.shape == (1, 1, WIDTH.get(name, 32)) and token.requires_grad
     assert token.abs().max() <= 0.02 and token.std() > 0.005

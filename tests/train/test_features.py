@@ -19,6 +19,7 @@ ENCODERS = {  # all with inputs of 32 pixels
     "simmim_vit_base": BEIT,
     "swin_tiny_patch4_window7_224": SWIN,
     "swinv2_tiny_window8_256": SWIN,
+    "convnextv2_atto": {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)},
 }
 CPU = torch.device("cpu")
 
@@ -29,14 +30,16 @@ def test_each_block_gives_the_mean_of_its_patch_tokens(name):
     torch.manual_seed(0)
     encoder = create_encoder(name, 32, **ENCODERS[name]).eval()
     images, outputs = torch.randn(2, 3, 32, 32), []
-    plain = [block for stage in getattr(encoder.model, "layers", [encoder.model]) for block in stage.blocks]
+    stages = getattr(encoder.model, "layers", getattr(encoder.model, "stages", [encoder.model]))
+    plain = [block for stage in stages for block in stage.blocks]
     hooks = [block.register_forward_hook(lambda module, inputs, output: outputs.append(output)) for block in plain]
     last = encoder(images)  # [B, D, h, w]
     for hook in hooks:
         hook.remove()
     depth, prefix = len(outputs), getattr(encoder.model, "num_prefix_tokens", 0)
-    assert depth == {"swin": 4, "swinv2": 4}.get(name.partition("_")[0], 3)
-    expected = [o[:, prefix:].mean(1) if o.ndim == 3 else o.mean((1, 2)) for o in outputs]
+    assert depth == {"swin": 4, "swinv2": 4, "convnextv2": 4}.get(name.partition("_")[0], 3)
+    places = (2, 3) if "convnext" in name else (1, 2)
+    expected = [o[:, prefix:].mean(1) if o.ndim == 3 else o.mean(places) for o in outputs]
     model = export_timm(encoder).eval()
     found = block_features(model, images, range(depth + 1))
     assert list(found) == list(range(depth + 1)) and len(blocks_of(model)) == depth

@@ -1,10 +1,12 @@
 import pytest
 import torch
 
+from conftest import TINY
 from simmimlib.model.encoders import create_encoder
 from simmimlib.train.optim import create_optimizer, layer_id, parameter_groups
 from simmimlib.train.settings import PretrainSettings
 from simmimlib.weights.export import export_timm
+from small_runs import METHODS
 
 
 def test_rates_of_the_official_fine_tuning_of_swin_b():
@@ -75,3 +77,35 @@ def test_the_optimiser_is_the_papers():
     optimizer = create_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}])
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.defaults["betas"] == (0.9, 0.999) and optimizer.defaults["eps"] == 1e-8
+
+
+def test_layer_ids_of_a_convnext():
+    """The official "single" rule: what downsamples belongs to the block above it."""
+    names = (
+        "stem.0.x",
+        "stages.0.blocks.0.x",
+        "stages.1.downsample.1.x",
+        "stages.2.blocks.1.x",
+        "head.norm.x",
+        "head.fc.x",
+    )
+    assert [layer_id(name, [1, 1, 2, 1]) for name in names] == [1, 1, 2, 4, 6, 6]
+
+
+@pytest.mark.parametrize("method", ["mae", "fcmae"])
+def test_decay_in_the_pretraining_of_the_others(method):
+    """Class and mask tokens are decayed, one-dimensional parameters are not, fixed positions are in no group."""
+    small = METHODS[method] | {"image_size": 16, "mask_patch_size": 8 if method == "fcmae" else 4}
+    settings = PretrainSettings(**({"encoder_kwargs": TINY} | small))
+    model = settings.model()
+    groups = by_name(model, parameter_groups(model, 1.0, 0.05, pretraining=True))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert set(groups) == trained and "encoder.model.pos_embed" not in trained
+    for name in trained:
+        decayed = model.get_parameter(name).ndim > 1
+        assert bool(groups[name]["weight_decay"]) == decayed, name
+
+
+def test_the_second_beta_is_a_setting():
+    optimizer = create_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}], beta2=0.95)
+    assert optimizer.defaults["betas"] == (0.9, 0.95)

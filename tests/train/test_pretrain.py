@@ -11,10 +11,10 @@ from simmimlib.data.packed import open_packed
 from simmimlib.train.pretrain import pretrain, reconstruct, validation_loss
 from simmimlib.train.resume import read
 from simmimlib.weights.checkpoints import load_model
-from small_runs import crashed, pretrain_settings
+from small_runs import METHODS, crashed, pretrain_settings
 
 
-@pytest.mark.parametrize("changes", [{}, {"loss": "l2"}, {"loss": "smooth_l1", "scope": "all"}])
+@pytest.mark.parametrize("changes", [*METHODS.values(), {"loss": "l2"}, {"loss": "smooth_l1", "scope": "all"}])
 def test_pretraining_learns(tmp_path, packed_folder, changes):
     metrics = pretrain(pretrain_settings(packed_folder, tmp_path / "run", **changes))
     log = pd.read_csv(tmp_path / "run/log.csv")

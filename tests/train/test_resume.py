@@ -20,9 +20,10 @@ from simmimlib.train import resume
 from simmimlib.train.finetune import finetune
 from simmimlib.train.pretrain import pretrain
 from simmimlib.train.resume import KEEP_DAYS, RollingCheckpoint, identity
-from small_runs import crashed, finetune_settings, pretrain_settings
+from small_runs import METHODS, crashed, finetune_settings, pretrain_settings
 
-EVERYTHING = {"mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.25, "flip": True, "drop_path": 0.2, "crop_scale": 0.5}
+CROPS = {"drop_path": 0.2, "crop_scale": 0.5, "flip": True}
+EVERYTHING = {"mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.25, **CROPS}
 
 
 # Killed and started again ---------------------------------------------------------------------------------------------
@@ -32,7 +33,7 @@ EVERYTHING = {"mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.25, "flip": True,
 @pytest.mark.parametrize(
     ("loop", "run", "settings", "changes"),
     [
-        ("pretrain", pretrain, pretrain_settings, {"drop_path": 0.2, "crop_scale": 0.5, "flip": True, "epochs": 60}),
+        ("pretrain", pretrain, pretrain_settings, {**CROPS, "epochs": 60}),
         ("finetune", finetune, finetune_settings, {**EVERYTHING, "epochs": 60, "eval_epochs": 7}),
     ],
 )
@@ -52,7 +53,7 @@ def test_twenty_kills_change_nothing(tmp_path, packed_folder, loop, run, setting
 @pytest.mark.parametrize(
     ("run", "settings", "changes"),
     [
-        (pretrain, pretrain_settings, {"drop_path": 0.2, "crop_scale": 0.5, "flip": True}),
+        *((pretrain, pretrain_settings, {**METHODS[name], **CROPS}) for name in METHODS),
         (finetune, finetune_settings, {**EVERYTHING, "eval_epochs": 2}),
     ],
 )

@@ -7,10 +7,24 @@ import torch
 import torch.nn.functional as F
 
 from simmimlib.model.encoders import create_encoder
+from simmimlib.model.fcmae import FCMAE
+from simmimlib.model.mae import MAE
 from simmimlib.model.simmim import SimMIM
 from simmimlib.weights.checkpoints import load_checkpoint, load_model, save_model
 from simmimlib.weights.export import export_timm, save_timm
-from small_models import ENCODERS, OFFICIAL, SWIN, VIT, build, build_official, hugging_face, shake, to_official
+from small_models import (
+    ENCODERS,
+    OFFICIAL,
+    SMALL_CONVNEXT,
+    SMALL_VIT,
+    SWIN,
+    VIT,
+    build,
+    build_official,
+    hugging_face,
+    shake,
+    to_official,
+)
 
 
 def test_checkpoint_round_trip(tmp_path):
@@ -135,16 +149,21 @@ def test_another_size_is_resized(name, caplog):
         ("vit_tiny_patch16_224", (64, 96), {**VIT, "patch_size": 8}),
         ("swin_tiny_patch4_window7_224", 64, SWIN),
         ("simmim_vit_base", 96, {**VIT, "in_chans": 1}),
+        ("convnextv2_atto", 64, SMALL_CONVNEXT),
+        ("convnextv2_nano", 32, {**SMALL_CONVNEXT, "patch_size": 1}),
     ],
 )
 def test_timm_round_trip(name, size, kwargs, final_norm, image_size, tmp_path):
+    if not final_norm and "convnext" in name:
+        pytest.skip("a ConvNeXt has no final norm")
     encoder = shake(create_encoder(name, size, final_norm=final_norm, **kwargs))
     pooling = {} if final_norm else {"global_pool": "avg"}  # timm itself knows no encoder without a norm
     model = export_timm(encoder, image_size=image_size, drop_path_rate=0.1, num_classes=3, **pooling).eval()
     save_timm(model, tmp_path / "new" / "model")
     save_timm(model, tmp_path / "new" / "model")  # once more: replaced
     again = timm.create_model(f"local-dir:{tmp_path / 'new' / 'model'}", pretrained=True).eval()
-    images = torch.randn(2, encoder.config["in_chans"], *model.patch_embed.img_size)
+    sides = (size, size) if "convnext" in name else model.patch_embed.img_size
+    images = torch.randn(2, encoder.config["in_chans"], *sides)
     with torch.no_grad():
         assert torch.equal(again.forward_features(images), model.forward_features(images))
         assert torch.equal(again(images), model(images))
@@ -223,6 +242,30 @@ def test_what_a_checkpoint_is_rebuilt_with(tmp_path):
     images, mask = torch.randn(2, 1, 64, 64), torch.rand(2, 8, 8) < 0.5
     with torch.no_grad():
         assert torch.equal(again.eval()(images, mask).loss, model.eval()(images, mask).loss)
+
+
+@pytest.mark.parametrize("method", ["mae", "fcmae"])
+def test_the_other_methods_come_back_too(tmp_path, method):
+    if method == "mae":
+        vit = {**SMALL_VIT, "patch_size": 8}
+        encoder = create_encoder("vit_tiny_patch16_224", 64, mask_token=False, positions="sincos", **vit)
+        model = MAE(encoder, 16, 2, 2, "l1", "all", "pixels", visible=16)
+    else:
+        encoder = create_encoder("convnextv2_atto", 64, 1, mask_token=False, **SMALL_CONVNEXT)
+        model = FCMAE(encoder, 16, 2, "smooth_l1", "all", "pixels", beta=0.3)
+    shake(model)
+    save_model(tmp_path / "model.safetensors", model)
+    again = load_model(tmp_path / "model.safetensors").eval()
+    assert type(again) is type(model) and again.encoder.config == encoder.config and again.config == model.config
+    images = torch.randn(2, encoder.config["in_chans"], 64, 64)
+    mask = torch.zeros(2, 64 // encoder.patch_size, 64 // encoder.patch_size, dtype=torch.bool)
+    mask[:, :, : 32 // encoder.patch_size] = True
+    with torch.no_grad():
+        assert torch.equal(again(images, mask).loss, model(images, mask).loss)
+        expected, plain = encoder(images), export_timm(encoder).eval().forward_features(images)
+    assert not any("mask_token" in name for name in encoder.state_dict())
+    plain = plain[:, 1:].unflatten(1, (8, 8)).permute(0, 3, 1, 2) if method == "mae" else plain
+    torch.testing.assert_close(plain, expected, rtol=0, atol=0)
 
 
 def test_colour_bins_come_back_with_their_normalisation(tmp_path):
