@@ -14,13 +14,20 @@ STAGES = {"pretrain": "02_pretrain", "finetune": "03_finetune", "probe": "05_pro
 
 
 def load_arms() -> dict[str, dict]:
-    """Every arm of ``arms.yaml`` by name, in its order: question, heading, label, paper, and changes by stage."""
-    arms = {}
-    for question, content in _grid()["questions"].items():
+    """Every arm of ``arms.yaml`` by name, in its order.
+
+    Of each: question, heading, label; paper, paper_linear (None where it has none); reference (the arm that those of
+    the question are compared with, and its own paper and paper_linear); probes; model; changes by stage.
+    """
+    arms, questions = {}, _grid()["questions"]
+    usual = {"arm": "default", "paper": questions["default"]["arms"]["default"]["paper"]}
+    for question, content in questions.items():
+        about = {"question": question, "heading": content["heading"], "probes": content.get("probes", False)}
+        about["reference"] = {"paper": None, "paper_linear": None, **content.get("reference", usual)}
         for name, arm in content["arms"].items():
             changes = {stage: arm.get(stage, {}) for stage in STAGES}
-            about = {"question": question, "heading": content["heading"], "label": arm["label"]}
-            arms[name] = {**about, "paper": arm.get("paper"), **changes}
+            of_paper = {key: arm.get(key) for key in ("paper", "paper_linear")}
+            arms[name] = {**about, "label": arm["label"], **of_paper, "model": arm.get("model", "model"), **changes}
     return arms
 
 
@@ -35,7 +42,8 @@ def arms_of(name: str) -> list[str]:
 
 def changes_of(arm: str) -> str:
     """What an arm changes, on one line."""
-    changes, found = load_arms()[arm], []
+    changes = load_arms()[arm]
+    found = [f"model = {changes['model']}"] if changes["model"] != "model" else []
     for stage in STAGES:
         for name, value in changes[stage].items():
             if name == "scale":
@@ -69,9 +77,23 @@ def runs_of(profile: dict) -> dict[str, dict]:
         arms = arms_of(group)
         for seed in seeds[:count]:
             for arm in arms:
-                changes = {stage: known[arm][stage] for stage in STAGES}
+                changes = {stage: model_of(profile, known[arm]) | known[arm][stage] for stage in STAGES}
                 runs.setdefault(f"{name}-{arm}-{seed}", {"arm": arm, "seed": seed, **changes})
     return runs
+
+
+def model_of(profile: dict, arm: dict) -> dict:
+    """What an arm with a model of its own puts in the place of the profile's ``model``."""
+    section = arm["model"]
+    if section == "model":
+        return {}
+    require(
+        section in profile,
+        f"model of arm {arm['label']!r}",
+        section,
+        f"a section of profiles/{profile['profile']}.yaml",
+    )
+    return copy.deepcopy(profile[section])  # YAML would write a shared one as an alias
 
 
 def packed_folder(params: dict) -> str:
@@ -94,7 +116,7 @@ def stage_parameters(params: dict, stage: str, arm: str, seed: int) -> dict:
     """
     arms = load_arms()
     one_of("arm", arm, arms)
-    changes = dict(arms[arm][stage])
+    changes = {**model_of(params, arms[arm]), **arms[arm][stage]}
     for name, factor in changes.pop("scale", {}).items():
         value = params[stage][name] * factor
         changes[name] = round(value) if isinstance(params[stage][name], int) else value

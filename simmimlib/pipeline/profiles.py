@@ -16,7 +16,8 @@ from simmimlib.machine.files import project_root, read_json, write_text
 from simmimlib.pipeline.arms import STAGES, data_parameters, packed_folder, runs_of
 from simmimlib.settings import one_of, require
 
-SECTIONS = ("profile", "seeds", "arms", "data", "model", *STAGES)
+NESTED = ("data", "model", "convnext", *STAGES)  # sections that hold values by name
+SECTIONS = ("profile", "seeds", "arms", *NESTED)
 HEADER = "# The active profile: profiles/{name}.yaml as made active ({digest}). `runs` follows from arms and seeds.\n"
 
 
@@ -33,7 +34,7 @@ def load_profile(name: str) -> dict:
     profile = yaml.safe_load(path.read_text())
     if base := profile.pop("extends", None):
         below = load_profile(base)
-        nested = {key: {**below[key], **profile.get(key, {})} for key in ("data", "model", *STAGES)}
+        nested = {key: {**below.get(key, {}), **profile.get(key, {})} for key in NESTED if key in {*below, *profile}}
         profile = {**below, **profile, **nested}
     for key in profile.keys() - {"runs"}:
         one_of("section", key, SECTIONS)
@@ -134,7 +135,7 @@ def _dump(params: dict) -> str:
     """YAML with a line for each value of a section and for each run."""
     lines = []
     for key, value in params.items():
-        if key in ("data", "model", *STAGES, "runs") and value:
+        if key in (*NESTED, "runs") and value:
             lines += [f"{key}:", *(f"  {name}: {_flow(inner)}" for name, inner in value.items())]
         else:
             lines.append(f"{key}: {_flow(value)}")

@@ -127,6 +127,39 @@ def accuracy_over_images_seen(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def accuracy_over_depth(table: pd.DataFrame, arms: dict[str, dict]) -> Figure:
+    """Fine-tuning and linear probes over the blocks of SimMIM's head (0: one linear layer) and of MAE's decoder."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    title = {"simmim": "SimMIM: transformer blocks in the head", "mae": "MAE: transformer blocks in the decoder"}
+    for axis, (method, questions) in zip(
+        axes, {"simmim": ("default", "head_depth"), "mae": ("method", "decoder_depth")}.items(), strict=True
+    ):
+        rows = table[table["question"].isin(questions)]
+        depth = {arm: depth_of(arms[arm]["pretrain"], method) for arm in rows["arm"]}
+        rows = rows.assign(depth=rows["arm"].map(depth)).dropna(subset="depth").sort_values("depth")
+        place = range(len(rows))  # 0, 1, 2, 4, 8: evenly spaced
+        error = np.nan_to_num(np.stack([rows["mean"] - rows["low"], rows["high"] - rows["mean"]]))
+        axis.errorbar(place, rows["mean"], yerr=error, fmt="o-", capsize=3, label="fine-tuning (95 % interval)")
+        for name, label in (("probe_linear_best", "best block"), ("probe_linear", "encoder's output")):
+            axis.plot(place, rows[name], "o--", label=f"linear probe, {label}")
+        axis.set_xticks(place, [f"{n:.0f}" for n in rows["depth"]])
+        axis.set(xlabel="blocks", title=title[method])
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("top-1, %")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def depth_of(changes: dict, method: str) -> float:
+    """Blocks of SimMIM's head or MAE's decoder in an arm that differs from others by them alone, else not a number."""
+    if method == "mae":
+        alone = changes.get("method") == "mae" and "epochs" not in changes.get("scale", {})
+        return changes.get("decoder_depth", 1) if alone else np.nan
+    head = changes.get("head", "linear")
+    alone = changes.keys() <= {"head"}
+    return float(head.rpartition("_")[2]) if head.startswith("blocks_") else 0.0 if alone else np.nan
+
+
 def accuracy_over_blocks(logs: dict[str, list[pd.DataFrame]]) -> Figure:
     """Linear probe and k-NN over the encoder's blocks, 0 = its own output; label -> ``blocks.csv`` of each seed.
 

@@ -1,4 +1,4 @@
-"""Statistics over seeds: intervals, paired differences to the default, verdicts beside the paper's. No torch.
+"""Statistics over seeds: intervals, paired differences to a reference, verdicts beside the paper's. No torch.
 
 Intervals are Student-t intervals over seeds; differences are paired by seed, which removes what the arms of one seed
 share (initial weights, labelled images, order). Where a question has several arms, the intervals of its differences,
@@ -47,16 +47,18 @@ def verdict(low: float, high: float, paper_difference: float) -> str:
     return "agrees" if agrees else "disagrees" if disagrees else UNDECIDED
 
 
-def compare(runs: pd.DataFrame, arms: dict[str, dict], metric: str = "top1") -> pd.DataFrame:
+def compare(runs: pd.DataFrame, arms: dict[str, dict], metric: str = "top1", paper: str = "paper") -> pd.DataFrame:
     """The table of arms, those with finished runs, in the order of ``arms``.
 
-    Columns: arm, question, heading, label, paper; seeds, mean, low, high; pairs, difference, difference_low,
-    difference_high (joint over the question's arms), level; paper_difference, verdict; mixed (of how many pairs the two
-    runs differ in device, precision, versions, code or images); means of the other numbers of the runs.
+    Columns: arm, question, heading, label, reference (the arm that those of the question are compared with), probes,
+    paper; seeds, mean, low, high; pairs, difference, difference_low, difference_high (joint over the question's arms),
+    level; paper_difference, verdict; mixed (of how many pairs the two runs differ in device, precision, versions, code
+    or images); fastest (images a second in pre-training, of the fastest seed); means of the other numbers of the runs.
 
     Args:
         arms: ``pipeline.arms.load_arms()``.
         metric: the column of ``runs`` that is compared, in percent.
+        paper: where an arm and its reference have the paper's value of it, ``"paper"`` or ``"paper_linear"``.
 
     Raises:
         ValueError: no run of the default arm is there.
@@ -65,28 +67,33 @@ def compare(runs: pd.DataFrame, arms: dict[str, dict], metric: str = "top1") -> 
         raise ValueError("there is no finished run of the default arm, which all others are compared with")
     of_arm = {arm: group.set_index("seed") for arm, group in runs.groupby("arm")}
     present = [arm for arm in arms if arm in of_arm]
-    questions = pd.Series({arm: arms[arm]["question"] for arm in present}).value_counts()
-    default, rows = of_arm["default"], []
+    compared = [arm for arm in present if arm != arms[arm]["reference"]["arm"]]
+    counts = pd.Series({arm: arms[arm]["question"] for arm in compared}, dtype=object).value_counts()
+    rows = []
     for arm in present:
-        group, about = of_arm[arm], {key: arms[arm][key] for key in ("question", "heading", "label", "paper")}
+        group, about = of_arm[arm], {key: arms[arm][key] for key in ("question", "heading", "label", "probes")}
+        reference = arms[arm]["reference"]
         mean, low, high = interval(group[metric].dropna())
-        row = {"arm": arm, **about, "seeds": int(group[metric].count()), "mean": mean, "low": low, "high": high}
-        if arm != "default":
-            level = 1 - (1 - LEVEL) / questions[about["question"]]
-            row |= paired(group, default, metric, level)
-            paper, base = about["paper"], arms["default"]["paper"]
-            row["paper_difference"] = np.nan if paper is None else paper - base
+        row = {"arm": arm, **about, "reference": reference["arm"], "paper": arms[arm][paper]}
+        row |= {"seeds": int(group[metric].count()), "mean": mean, "low": low, "high": high}
+        if arm in compared:
+            level = 1 - (1 - LEVEL) / counts[about["question"]]
+            row |= paired(group, of_arm.get(reference["arm"], group[:0]), metric, level)
+            ours, theirs = arms[arm][paper], reference[paper]
+            row["paper_difference"] = np.nan if ours is None or theirs is None else ours - theirs
             row["verdict"] = verdict(row["difference_low"], row["difference_high"], row["paper_difference"])
+        if "pretrain_images_per_second" in group:
+            row["fastest"] = group["pretrain_images_per_second"].max()
         others = group.select_dtypes("number").drop(columns=metric, errors="ignore").mean()
         rows.append(row | {name: value for name, value in others.items() if name not in row})
     return pd.DataFrame(rows)
 
 
-def paired(group: pd.DataFrame, default: pd.DataFrame, metric: str, level: float) -> dict:
-    """Difference to the default over the seeds that both have."""
-    seeds = group.index[group[metric].notna()].intersection(default.index[default[metric].notna()])
-    difference, low, high = interval(group.loc[seeds, metric] - default.loc[seeds, metric], level)
-    origin = [name for name in PAIRED if name in group and name in default]
-    mixed = (group.loc[seeds, origin] != default.loc[seeds, origin]).any(axis=1).sum() if origin else 0
+def paired(group: pd.DataFrame, reference: pd.DataFrame, metric: str, level: float) -> dict:
+    """Difference to the reference over the seeds that both have."""
+    seeds = group.index[group[metric].notna()].intersection(reference.index[reference[metric].notna()])
+    difference, low, high = interval(group.loc[seeds, metric] - reference.loc[seeds, metric], level)
+    origin = [name for name in PAIRED if name in group and name in reference]
+    mixed = (group.loc[seeds, origin] != reference.loc[seeds, origin]).any(axis=1).sum() if origin else 0
     row = {"pairs": len(seeds), "difference": difference, "difference_low": low, "difference_high": high}
     return row | {"level": level, "mixed": int(mixed)}

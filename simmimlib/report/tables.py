@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,13 +37,21 @@ def origin_of(runs: pd.DataFrame) -> list[str]:
 
 
 def to_markdown(
-    table: pd.DataFrame, profile: str, runs: pd.DataFrame, left_out: list[str], pictures: dict[str, list[str]]
+    table: pd.DataFrame,
+    profile: str,
+    runs: pd.DataFrame,
+    left_out: list[str],
+    pictures: dict[str, list[str]],
+    probes: pd.DataFrame | None = None,
 ) -> str:
-    """One small table per question, each beginning with the default and followed by its pictures.
+    """One small table per question, each beginning with what the arms are compared with and followed by its pictures.
 
     Args:
+        table: from ``statistics.compare``.
         left_out: a line for each run that is there but does not count.
         pictures: of each question, "" for those of all arms, paths relative to the table's own folder.
+        probes: the same table of the linear probe, with ``operations`` (of a forward pass, millions) and ``ms`` (of
+            pre-training, an image, the fastest seed); for the questions that ask for it.
     """
     labelled = ", ".join(str(int(n)) for n in sorted(set(runs["labelled_images"])))
     lines = [f"# Ablations, profile {profile}", ""]
@@ -52,9 +61,10 @@ def to_markdown(
         "output. "
         f"Repeat with `make repro PROFILE={profile}`.",
         "",
-        "Intervals of means are 95 % Student-t over seeds. Differences to the default are paired by seed; where a "
+        "Intervals of means are 95 % Student-t over seeds. Differences are paired by seed; where a "
         "question has several arms, their intervals and verdicts hold jointly (Bonferroni over its arms). The paper's "
-        "numbers are ImageNet-1K, Swin-B, 100 epochs. Verdicts compare differences, not levels: gaps under "
+        "numbers are ImageNet-1K, Swin-B, 100 epochs, unless said otherwise. Verdicts compare differences, not levels: "
+        "gaps under "
         f"{MARGIN} points count as none.",
         "",
         *origin_of(runs),
@@ -69,35 +79,48 @@ def to_markdown(
         linear = runs["probe_linear_pixels"].dropna()
         lines += [f"Raw pixels: linear probe {linear.mean():.1f}, k-NN {floor.mean():.1f}.", ""]
     lines += _shown(pictures.get("", []))
-    default = table[table["arm"] == "default"]
     for question in dict.fromkeys(table["question"]):
-        arms = table[table["question"] == question]
         if question == "default":
             continue
-        lines += [
-            f"## {arms['heading'].iloc[0]}",
-            "",
-            "| arm | seeds | top-1 (95 % interval) | best | linear | k-NN | difference to default (joint 95 % "
-            "interval) | paper | paper's difference | verdict |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        lines += [_markdown_row(row) for row in pd.concat([default, arms]).to_dict("records")] + [""]
+        arms = table[table["question"] == question]
+        lines += [f"## {arms['heading'].iloc[0]}", "", *_compared(table, arms, TOP1), ""]
+        if probes is not None and arms["probes"].any():
+            lines += ["The linear probe of the encoder's output, and what the arms cost:", ""]
+            lines += [*_compared(probes, probes[probes["question"] == question], PROBES), ""]
         lines += _shown(pictures.get(question, []))
     return "\n".join(lines)
+
+
+TOP1 = ("top-1 (95 % interval)", {"best": "top1_best", "linear": "probe_linear", "k-NN": "probe_knn"})
+PROBES = (
+    "linear probe (95 % interval)",
+    {"best block's": "probe_linear_best", "forward, M operations": "operations", "pre-training, ms an image": "ms"},
+)
+
+
+def _compared(table: pd.DataFrame, arms: pd.DataFrame, columns: tuple[str, dict[str, str]]) -> list[str]:
+    """A question's arms below the arm that they are compared with."""
+    metric, others = columns
+    reference = arms["reference"].iloc[0]
+    first = "default" if reference == "default" else "the first row"
+    names = [f"difference to {first} (joint 95 % interval)", "paper", "paper's difference", "verdict"]
+    rows = pd.concat([table[table["arm"] == reference], arms[arms["arm"] != reference]])
+    lines = [f"| {' | '.join(['arm', 'seeds', metric, *others, *names])} |", f"|{'---|' * (7 + len(others))}"]
+    return lines + [_markdown_row(row, others.values(), row["arm"] == reference) for row in rows.to_dict("records")]
 
 
 def _shown(paths: list[str]) -> list[str]:
     return [line for path in paths for line in (f"![{re.sub('[-_]', ' ', Path(path).stem)}]({path})", "")]
 
 
-def _markdown_row(row: dict) -> str:
+def _markdown_row(row: dict, others: Iterable[str], is_reference: bool) -> str:
     def number(name: str, form: str = ".1f") -> str:
         value = row.get(name, np.nan)
         return "–" if value is None or pd.isna(value) else format(value, form)
 
     ours = f"{number('mean')} ({number('low')} to {number('high')})" if row["seeds"] > 1 else number("mean")
-    cells = [row["label"], row["seeds"], ours, number("top1_best"), number("probe_linear"), number("probe_knn")]
-    if row["arm"] == "default":
+    cells = [row["label"], row["seeds"], ours, *(number(name) for name in others)]
+    if is_reference:
         cells += ["–", number("paper"), "–", "–"]
     else:
         between = (

@@ -65,7 +65,7 @@ def test_arms_the_paper_predicts_at_a_quarter(monkeypatch):
 
 def test_every_arm_is_the_default_with_a_change_of_its_own(monkeypatch):
     monkeypatch.chdir(ROOT)
-    params = load_profile("imagenet-100ep")
+    params = load_profile("imagenet-100ep") | {"convnext": {"encoder": "convnextv2_base"}}
     arms = [name for name in load_arms() if name not in ("ratio_60",)]  # which is the default, at this mask ratio
     given = {arm: settings_key({"pretrain": stage_parameters(params, "pretrain", arm, 0)}) for arm in arms}
     assert len(set(given.values())) == len(arms)

@@ -34,6 +34,23 @@ def test_verdicts_of_a_question_hold_jointly():
     assert table.loc["l2", "level"] == pytest.approx(0.975)
 
 
+def test_a_question_may_have_a_reference_of_its_own():
+    """Its first arm, which is then compared with nothing; or an arm of another question, with the paper's values."""
+    frame = runs(default=[50, 60], mae=[40, 50], mae_2=[41, 52], mae_8=[43, 53], own_scratch=[10, 20], own=[15, 25])
+    table = compare(frame, ARMS).set_index("arm")
+    assert table.loc["mae", "difference"] == pytest.approx(-10) and table.loc["mae_2", "difference"] == pytest.approx(
+        1.5
+    )
+    assert table.loc["mae_2", "paper_difference"] == pytest.approx(0.1) and table.loc["mae_2", "level"] == 0.975
+    assert table.loc["own", "difference"] == pytest.approx(5) and table.loc["own", "level"] == pytest.approx(0.95)
+    assert np.isnan(table.loc["own_scratch", "difference"]) and np.isnan(table.loc["own", "paper_difference"])
+    frame["probe_linear"] = frame["top1"] / 2
+    probes = compare(frame, ARMS, "probe_linear", "paper_linear").set_index("arm")
+    assert probes.loc["mae_8", "paper_difference"] == pytest.approx(8.0) and probes.loc["mae_8", "verdict"] == "agrees"
+    alone = compare(frame[frame["arm"] != "mae"], ARMS).set_index("arm")
+    assert alone.loc["mae_2", "pairs"] == 0 and alone.loc["mae_2", "verdict"] == "undecided at this scale"
+
+
 def test_a_missing_seed_is_left_out_of_the_pairs():
     frame = runs(default=[50, 60, 70], l2=[51, 61, 71])
     frame = frame[~((frame["arm"] == "l2") & (frame["seed"] == 2))]

@@ -53,6 +53,20 @@ def test_pictures_stand_with_their_question(frame):
     assert markdown.index("| L2 |") < markdown.index("![loss top1](figures/loss-top1.png)")
 
 
+def test_a_reference_of_its_own_is_the_first_row_and_probes_have_a_table():
+    frame = runs(default=[50, 60], mae=[40, 50], mae_2=[41, 52], own_scratch=[10, 20], own=[15, 25])
+    frame["probe_linear"], frame["probe_linear_best"], frame["pretrain_images_per_second"] = 41.25, 43.0, 200.0
+    probes = compare(frame, ARMS, "probe_linear", "paper_linear")
+    probes["operations"], probes["ms"] = 21.5, 1000 / probes["fastest"]
+    markdown = to_markdown(compare(frame, ARMS), "quick", frame, [], {}, probes)
+    sections = dict(part.split("\n", 1) for part in markdown.split("## ")[1:])
+    assert sections["Which conv?"].index("| Own scratch | 2 |") < sections["Which conv?"].index("| Own | 2 |")
+    assert "difference to the first row" in sections["Which conv?"] and "| Own scratch |" in sections["Which conv?"]
+    assert sections["Which conv?"].count("Own scratch") == 1 and "forward" not in sections["Which conv?"]
+    assert "| MAE 2 | 2 | 41.2 (41.2 to 41.2) | 43.0 | 21.5 | 5.0 |" in sections["Which depth?"]
+    assert "| 70.0 | +4.5 |" in sections["Which depth?"] and "| 84.9 | +0.1 |" in sections["Which depth?"]
+
+
 def test_files(tmp_path, frame):
     table = compare(frame, ARMS)
     write_tables(tmp_path, frame, table, markdown_of(frame))
