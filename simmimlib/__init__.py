@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from simmimlib.data.sources import DataSettings as DataSettings
     from simmimlib.model.avgdist import avg_dist as avg_dist
     from simmimlib.model.encoders import create_encoder as create_encoder
+    from simmimlib.model.fcmae import FCMAE as FCMAE
     from simmimlib.model.heads import create_head as create_head
+    from simmimlib.model.mae import MAE as MAE
     from simmimlib.model.masking import MaskGenerator as MaskGenerator
     from simmimlib.model.simmim import SimMIM as SimMIM
     from simmimlib.notebook import from_notebook as from_notebook
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from simmimlib.weights.export import save_timm as save_timm
 
 _HOME = {
+    "FCMAE": "model.fcmae",
+    "MAE": "model.mae",
     "DataSettings": "data.sources",
     "FinetuneSettings": "train.settings",
     "MaskGenerator": "model.masking",
