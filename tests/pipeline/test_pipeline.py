@@ -81,6 +81,32 @@ def test_pipeline(project):
     assert "profiles/tiny.yaml was edited (pretrain.epochs: 3 -> 2) and params.yaml counts" in said
 
 
+def test_mae_and_fcmae_beside_simmim(tmp_path):
+    """Another encoder and other methods are arms like any other, from pre-training to tables and pictures."""
+    project = tiny_project(
+        tmp_path,
+        arms={"default": 1, "mae": 1, "mae_depth_2": 1, "convnext_scratch": 1, "fcmae": 1},
+        pretrain={"mask_patch_size": 8, "epochs": 2, "batch_size": 8},
+        convnext={
+            "encoder": "convnextv2_atto",
+            "encoder_kwargs": {"patch_size": 1, "depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]},
+        },
+    )
+    run(*STAGES, "data", cwd=project)
+    run(*CAMPAIGN, "run", "--jobs", "2", cwd=project)
+    run(*STAGES, "ablations", cwd=project)
+    given = json.loads((project / "results/tiny/runs/fcmae-0/finetune/parameters.json").read_text())["finetune"]
+    assert given["encoder"] == "convnextv2_atto"
+    markdown = (project / "results/tiny/ablations.md").read_text()
+    assert "| ConvNeXtV2 from scratch | 1 |" in markdown and "| FCMAE | 1 |" in markdown
+    probes = markdown.partition("## How deep a decoder")[2].partition("what the arms cost")[2]
+    first, second = re.findall(r"\| (MAE, decoder of \d block.*) \|", probes)[:2]
+    operations = [float(row.split(" | ")[4]) for row in (first, second)]
+    assert 0 < operations[0] < operations[1]
+    for picture in ("convolutions-reconstructions", "method-blocks", "decoder_depth-depth"):
+        assert (project / f"results/tiny/figures/{picture}.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("module", "before", "after", "stages"),
     [

@@ -65,3 +65,14 @@ def test_curves_of_logs_that_were_not_validated_every_epoch():
     log = pd.DataFrame({"epoch": [1, 2, 3], "top1": [None, 40.0, 50.0]})
     (axis,) = figures.curves({"Default": [log]}, "top1", "top-1, %").axes
     assert axis.get_lines()[0].get_xydata().tolist() == [[2, 40], [3, 50]]
+
+
+def test_accuracy_over_depth_draws_heads_beside_decoders(arms):
+    names = ["default", "head_blocks_1", "head_blocks_8", "simmim_mae_target", "mae", "mae_equal_time", "mae_depth_4"]
+    frame = runs(**{name: [50.0 + i, 52.0 + i] for i, name in enumerate(names)})
+    frame["probe_linear"], frame["probe_linear_best"] = 40.0, 41.0
+    head, decoder = figures.accuracy_over_depth(compare(frame, arms), arms).axes
+    for axis, depths, means in ((head, ["0", "1", "8"], [51, 52, 53]), (decoder, ["1", "4"], [55, 57])):
+        assert [tick.get_text() for tick in axis.get_xticklabels()] == depths
+        (line,) = (line for line in axis.get_lines() if line.get_linestyle() == "-")
+        assert line.get_ydata().tolist() == means
