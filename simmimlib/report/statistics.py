@@ -50,8 +50,8 @@ def verdict(low: float, high: float, paper_difference: float) -> str:
 def compare(runs: pd.DataFrame, arms: dict[str, dict], metric: str = "top1", paper: str = "paper") -> pd.DataFrame:
     """The table of arms, those with finished runs, in the order of ``arms``.
 
-    Columns: arm, question, heading, label, reference (the arm that those of the question are compared with), probes,
-    paper; seeds, mean, low, high; pairs, difference, difference_low, difference_high (joint over the question's arms),
+    Columns: arm, question, heading, label, probes; reference (the arm that those of the question are compared with),
+    reference_paper; paper; seeds, mean, low, high; pairs, difference, difference_low, difference_high (joint over the question's arms),
     level; paper_difference, verdict; mixed (of how many pairs the two runs differ in device, precision, versions, code
     or images); fastest (images a second in pre-training, of the fastest seed); means of the other numbers of the runs.
 
@@ -74,8 +74,8 @@ def compare(runs: pd.DataFrame, arms: dict[str, dict], metric: str = "top1", pap
         group, about = of_arm[arm], {key: arms[arm][key] for key in ("question", "heading", "label", "probes")}
         reference = arms[arm]["reference"]
         mean, low, high = interval(group[metric].dropna())
-        row = {"arm": arm, **about, "reference": reference["arm"], "paper": arms[arm][paper]}
-        row |= {"seeds": int(group[metric].count()), "mean": mean, "low": low, "high": high}
+        row = {"arm": arm, **about, "reference": reference["arm"], "reference_paper": reference[paper]}
+        row |= {"paper": arms[arm][paper], "seeds": int(group[metric].count()), "mean": mean, "low": low, "high": high}
         if arm in compared:
             level = 1 - (1 - LEVEL) / counts[about["question"]]
             row |= paired(group, of_arm.get(reference["arm"], group[:0]), metric, level)

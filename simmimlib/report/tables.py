@@ -104,7 +104,8 @@ def _compared(table: pd.DataFrame, arms: pd.DataFrame, columns: tuple[str, dict[
     reference = arms["reference"].iloc[0]
     first = "default" if reference == "default" else "the first row"
     names = [f"difference to {first} (joint 95 % interval)", "paper", "paper's difference", "verdict"]
-    rows = pd.concat([table[table["arm"] == reference], arms[arms["arm"] != reference]])
+    own = table[table["arm"] == reference].assign(paper=arms["reference_paper"].iloc[0])
+    rows = pd.concat([own, arms[arms["arm"] != reference]])
     lines = [f"| {' | '.join(['arm', 'seeds', metric, *others, *names])} |", f"|{'---|' * (7 + len(others))}"]
     return lines + [_markdown_row(row, others.values(), row["arm"] == reference) for row in rows.to_dict("records")]
 

@@ -64,6 +64,7 @@ def test_a_reference_of_its_own_is_the_first_row_and_probes_have_a_table():
     assert "difference to the first row" in sections["Which conv?"] and "| Own scratch |" in sections["Which conv?"]
     assert sections["Which conv?"].count("Own scratch") == 1 and "forward" not in sections["Which conv?"]
     assert "| MAE 2 | 2 | 41.2 (41.2 to 41.2) | 43.0 | 21.5 | 5.0 |" in sections["Which depth?"]
+    assert "| MAE | 2 | 45.0 (-18.5 to 108.5) | 46.0 | 41.2 | – | – | 84.8 | – | – |" in sections["Which depth?"]
     assert "| 70.0 | +4.5 |" in sections["Which depth?"] and "| 84.9 | +0.1 |" in sections["Which depth?"]
 
 
