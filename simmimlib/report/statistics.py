@@ -50,10 +50,11 @@ def verdict(low: float, high: float, paper_difference: float) -> str:
 def compare(runs: pd.DataFrame, arms: dict[str, dict], metric: str = "top1", paper: str = "paper") -> pd.DataFrame:
     """The table of arms, those with finished runs, in the order of ``arms``.
 
-    Columns: arm, question, heading, label, probes; reference (the arm that those of the question are compared with),
-    reference_paper; paper; seeds, mean, low, high; pairs, difference, difference_low, difference_high (joint over the question's arms),
-    level; paper_difference, verdict; mixed (of how many pairs the two runs differ in device, precision, versions, code
-    or images); fastest (images a second in pre-training, of the fastest seed); means of the other numbers of the runs.
+    Columns: arm, question, heading, label, probes; reference (the arm that those of the question are compared with) and
+    reference_paper; paper; seeds, mean, low, high; pairs, difference, difference_low, difference_high (joint over the
+    question's arms), level; paper_difference, verdict; mixed (of how many pairs the two runs differ in device,
+    precision, versions, code or images); fastest (images a second in pre-training, of the fastest seed); means of the
+    other numbers of the runs.
 
     Args:
         arms: ``pipeline.arms.load_arms()``.

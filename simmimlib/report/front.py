@@ -1,0 +1,60 @@
+"""The README's table of findings: every arm that was run, at every scale, with its verdict.
+
+python -m simmimlib.report.front    # writes it between the two marks in README.md, from results/*/ablations.csv
+"""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+
+from simmimlib.machine.files import project_root, write_text
+
+PROFILES = ("quick", "cifar10-cpu", "cifar10", "imagenette")  # columns, those of them that have results
+BEGIN = "<!-- findings: written by python -m simmimlib.report.front -->"
+END = "<!-- end of findings -->"
+
+
+def findings(root: Path) -> str:
+    """The table as Markdown: the default's level, then a row an arm; a column a profile that has results."""
+    tables = {
+        name: {row["arm"]: row for row in pd.read_csv(path).to_dict("records")}
+        for name in PROFILES
+        if (path := root / f"results/{name}/ablations.csv").is_file()
+    }
+    lines = [f"| | paper | {' | '.join(f'`{name}`' for name in tables)} |", f"|---|---|{'---|' * len(tables)}"]
+    levels = [_level(table["default"]) for table in tables.values()]
+    lines += [f"| Default: top-1 (95 % interval) | 82.8 | {' | '.join(levels)} |"]
+    compared = [{arm: row for arm, row in t.items() if not math.isnan(row["difference"])} for t in tables.values()]
+    largest = max(compared, key=len)  # its order is that of the grid
+    for arm in dict.fromkeys([*largest, *(arm for table in compared for arm in table)]):
+        row = next(table[arm] for table in compared if arm in table)
+        against = "" if row["reference"] == "default" else f" (to {row['reference']})"
+        paper = "" if math.isnan(row["paper_difference"]) else f"{row['paper_difference']:+.1f}"
+        cells = [_cell(table[arm]) if arm in table else "" for table in compared]
+        lines.append(f"| {' | '.join([row['label'] + against, paper, *cells])} |")
+    return "\n".join(lines)
+
+
+def _level(row: dict) -> str:
+    return f"{row['mean']:.1f} ({row['low']:.1f} to {row['high']:.1f}), n = {row['seeds']:.0f}"
+
+
+def _cell(row: dict) -> str:
+    found = f"{row['difference']:+.1f}"
+    if row["pairs"] > 1:
+        found += f" ({row['difference_low']:+.1f} to {row['difference_high']:+.1f})"
+    verdict = row["verdict"].removesuffix(" at this scale")
+    said = "" if verdict == "not in the paper" else f"**{verdict}**, "
+    return f"{said}{found}, n = {row['pairs']:.0f}"
+
+
+def write_findings(root: Path) -> None:
+    path = root / "README.md"
+    before, _, rest = path.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    write_text(path, f"{before}{BEGIN}\n{findings(root)}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    write_findings(project_root())

@@ -1,0 +1,49 @@
+import subprocess
+
+import pandas as pd
+import pytest
+from tables_data import ARMS, runs
+
+from conftest import ROOT
+from simmimlib.report.front import findings, write_findings
+from simmimlib.report.statistics import compare
+
+
+@pytest.fixture
+def project(tmp_path):
+    for name, values in (
+        ("quick", {"default": [50, 60], "scratch": [40, 50]}),
+        (
+            "cifar10-cpu",
+            {"default": [50, 65, 80], "l2": [51, 66, 81], "reconstruct_all": [48, 63, 77], "ratio_20": [48]},
+        ),
+    ):
+        (tmp_path / "results" / name).mkdir(parents=True)
+        compare(runs(**values), ARMS).to_csv(tmp_path / "results" / name / "ablations.csv", index=False)
+    return tmp_path
+
+
+def test_a_row_an_arm_and_a_column_a_profile_with_results(project):
+    lines = findings(project).splitlines()
+    assert lines[0] == "| | paper | `quick` | `cifar10-cpu` |"
+    assert lines[2].endswith("| 82.8 | 55.0 (-8.5 to 118.5), n = 2 | 65.0 (27.7 to 102.3), n = 3 |")
+    assert "| All | -1.1 |  | **agrees**, -2.3 (-3.8 to -0.9), n = 3 |" in lines
+    assert "| L2 | -0.1 |  | **disagrees**, +1.0 (+1.0 to +1.0), n = 3 |" in lines
+    assert "| Scratch |  | -10.0 (-10.0 to -10.0), n = 2 |  |" in lines
+    assert [line.split(" | ")[0] for line in lines[3:]] == ["| All", "| L2", "| Ratio 0.2", "| Scratch"]
+
+
+def test_only_what_lies_between_the_marks_is_written(project):
+    (project / "README.md").write_text(
+        "before\n<!-- findings: written by python -m simmimlib.report.front -->\nold\n<!-- end of findings -->\nafter\n"
+    )
+    write_findings(project)
+    text = (project / "README.md").read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "| All |" in text
+
+
+def test_the_readme_shows_the_findings_of_the_results():
+    if subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "results"], cwd=ROOT).returncode:
+        pytest.skip("the results here were made again, or there is no git")
+    assert findings(ROOT) in (ROOT / "README.md").read_text(), "python -m simmimlib.report.front writes them again"
+    assert pd.read_csv(ROOT / "results/quick/ablations.csv")["difference"].notna().any()
