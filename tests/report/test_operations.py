@@ -1,6 +1,6 @@
 import pytest
 
-from simmimlib.model.operations import forward_operations
+from simmimlib.report.operations import forward_operations
 from simmimlib.train.settings import PretrainSettings
 
 VIT = {"patch_size": 4, "embed_dim": 64, "depth": 3, "num_heads": 4}
