@@ -53,7 +53,8 @@ def open_packed(data: str) -> Packed:
     """Opens a packed folder. ``data`` may also be ``"mnist5k"``, which is packed on first use (no download).
 
     Raises:
-        ValueError: there is no such packed folder, or one of an earlier version; the message says how to make one.
+        ValueError: there is no such packed folder, one of an earlier version, or one that lost a file; the message says
+            how to make one.
     """
     folder = Path(data)
     if data == "mnist5k":
@@ -72,12 +73,11 @@ def open_packed(data: str) -> Packed:
             f"data = {data!r}: this folder was packed by an earlier version (its manifest has no digest); pack it "
             "again, with notebooks/01_data.ipynb"
         )
-    train, val = (
-        Split(
-            *(np.load(folder / f"{split}_{part}.npy", mmap_mode="r") for part in ("images", "labels", "sizes", "files"))
-        )
-        for split in ("train", "val")
-    )
+    parts = ("images", "labels", "sizes", "files")
+    paths = {split: [folder / f"{split}_{part}.npy" for part in parts] for split in ("train", "val")}
+    if lost := [path.name for of_split in paths.values() for path in of_split if not path.is_file()]:
+        raise ValueError(f"data = {data!r}: of this packed folder {', '.join(lost)} is missing; pack it again")
+    train, val = (Split(*(np.load(path, mmap_mode="r") for path in of_split)) for of_split in paths.values())
     names = ("data", "classes", "size", "channels", "mean", "std", "digest")
     return Packed(*(manifest[name] for name in names), train, val)  # type: ignore[call-arg]
 

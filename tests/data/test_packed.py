@@ -95,3 +95,9 @@ def test_the_rarest_class_limits_a_labelled_subset():
     assert (np.bincount(labels[labelled_subset(labels, 9, seed=0)]) == 3).all()
     with pytest.raises(ValueError, match=r"labelled_images = 12: must be at most 9 \(the rarest class has 3 images\)"):
         labelled_subset(labels, 12, seed=0)
+
+
+def test_a_packed_folder_that_lost_a_file_is_named(packed_folder):
+    (Path(packed_folder) / "val_files.npy").unlink()
+    with pytest.raises(ValueError, match=r"of this packed folder val_files.npy is missing; pack it again"):
+        open_packed(packed_folder)
