@@ -2,13 +2,14 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from project import CAMPAIGN, STAGES, read_profile, run, tiny_project, write_profile
+from project import CAMPAIGN, STAGES, environment, read_profile, run, tiny_project, write_profile
 
 pytestmark = pytest.mark.slow
 ON_CPUS = ("--gpus-per-node", "0")
@@ -114,3 +115,63 @@ def test_a_grid_on_slurm(project, slurm, monkeypatch):
     run(*STAGES, "ablations", cwd=project)
     table = pd.read_csv(project / "results/tiny/ablations.csv")
     assert table["arm"].tolist() == ["default", "scratch"] and table["seeds"].tolist() == [3, 3]
+
+
+def test_a_run_on_two_nodes_is_preempted(project, slurm, monkeypatch):
+    """A process on each node; both save, and the job is queued again when the urgent one has ended."""
+    activate(project, 300, arms={"default": 1})
+    two_nodes = (*CAMPAIGN, "submit", *ON_CPUS, "--nodes", "2")
+    monkeypatch.setenv("SBATCH_PARTITION", "nosuch")
+    output = run(*two_nodes, cwd=project, ok=False)
+    assert "Slurm refused the jobs, nothing is queued: " in output and "invalid partition specified: nosuch" in output
+    assert "Traceback" not in output and not list((project / ".scratch/jobs").iterdir())
+
+    monkeypatch.delenv("SBATCH_PARTITION")
+    run(*two_nodes, cwd=project)
+    trains(project, "default", 0)
+    slurm_says("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    wait(idle)
+    assert recorded(project) == {("default", 0)}
+    for name in ("tiny-default-0", "tiny-default-0-1"):
+        assert "failed" not in said(project, name)
+    assert 2 <= int(said(project, "tiny-default-0").partition("resuming after step ")[2].partition(" of 600")[0]) < 600
+
+
+def test_jobs_by_hand(project, slurm):
+    """The lines of the README: two nodes, told that the time is nearly over; then, on one node, to the end."""
+    activate(project, 300, arms={"default": 1})
+    run(*STAGES, "data", cwd=project)
+
+    def sbatch(*options) -> str:
+        line = f"--wrap=srun {' '.join(STAGES)} pretrain --arm default --seed 0"
+        options = (*options, "--parsable", f"--chdir={project}", "--output=job.log", line)
+        return subprocess.run(
+            ["sbatch", *options], capture_output=True, text=True, check=True, env=environment()
+        ).stdout
+
+    job = sbatch("--nodes=2", "--ntasks-per-node=1").strip()
+    trains(project, "default", 0)
+    scancel("TERM", job)
+    wait(idle)
+    stopped = (project / "job.log").read_text()
+    step = int(stopped.rpartition("stopped by a signal after step ")[2].partition(";")[0])
+    assert 2 <= step < 600
+    sbatch()
+    wait(idle)
+    assert f"resuming after step {step} of 600" in (project / "job.log").read_text()
+    assert (project / "results/tiny/runs/default-0/pretrain/metrics.json").exists()
+
+
+def test_without_slurm(project):
+    """submitit's local executor, a run at a time; Ctrl-C lets the run save, and the next call resumes it."""
+    activate(project, 300)
+    command = [*CAMPAIGN, "submit", "--cluster", "local"]
+    with subprocess.Popen(command, cwd=project, env=environment(), start_new_session=True) as process:
+        trains(project, "default", 0)
+        os.killpg(process.pid, signal.SIGINT)
+    assert process.returncode != 0
+    wait(lambda: "saved: start the same run again" in said(project, "tiny-default-0"))
+    output = run(*command, cwd=project)
+    assert "0 runs are recorded, 2 are to do" in output and "run 2 of 2: tiny-scratch-0" in output
+    assert "resuming after step" in said(project, "tiny-default-0")
+    assert recorded(project) == {("default", 0), ("scratch", 0)}
