@@ -15,7 +15,7 @@ repro: $(READY) # train what the active profile lacks, tables and figures; PROFI
 	python -m simmimlib.pipeline.campaign repro
 	dvc repro
 
-test: $(READY) # all tests
+test: $(READY) # all tests (those of a cluster need Debian's slurm-wlm and munge)
 	python -m pytest
 
 test-fast: $(READY) # the tests that take seconds: two minutes in all

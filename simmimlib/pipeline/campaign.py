@@ -4,11 +4,13 @@
     python -m simmimlib.pipeline.campaign plan                      # what each arm costs here, in the order of the runs
     python -m simmimlib.pipeline.campaign run --minutes 9           # as many runs as fit; needs neither DVC nor git
     python -m simmimlib.pipeline.campaign run --minutes 9 --jobs 4  # four at a time, where one does not fill the device
+    python -m simmimlib.pipeline.campaign submit --minutes 240      # each run a job of a cluster (cluster.py)
 
 ``repro`` leaves each run to a ``dvc repro`` of its own, so that DVC's cache, lock file and rules are those of a single
 one. ``run`` is for machines that only train: a finished run is recorded in ``results/<profile>/runs.csv`` at once, and
 one that is recorded there is not run again. One that is under way when the time is over saves, and resumes at the next
-start on this machine. Without ``--jobs`` there are as many runs at a time as cores, and on a GPU one.
+start on this machine, with the stage that it was in. Without ``--jobs`` there are as many runs at a time as cores, and
+on a GPU one.
 """
 
 import argparse
@@ -24,10 +26,11 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
+from filelock import FileLock
 
-from simmimlib.machine.files import project_root, write_csv, write_text
+from simmimlib.machine.files import project_root, read_json, write_csv, write_text
 from simmimlib.machine.signals import stop_signals
-from simmimlib.pipeline.arms import STAGES, packed_folder, stage_parameters, wanted_runs
+from simmimlib.pipeline.arms import STAGES, packed_folder, run_folder, stage_parameters, wanted_runs
 from simmimlib.pipeline.profiles import check_packed, read_params
 from simmimlib.report.runs import load_runs
 
@@ -50,7 +53,12 @@ class Running:
     def next_command(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.commands.pop(0), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                self.commands.pop(0),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                # Slurm says by it that a job's time is nearly over, to every process; whoever started this one stops it
+                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
             )
 
     def ended(self) -> bool:
@@ -72,8 +80,11 @@ class Running:
         try:
             self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
-                process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended just now
+                for process in psutil.Process(self.process.pid).children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+            self.process.kill()
 
     @property
     def minutes(self) -> float:
@@ -83,8 +94,7 @@ class Running:
 def run(params: dict, minutes: float, jobs: int) -> None:
     """As many runs as fit; each is recorded in ``runs.csv`` when it has finished."""
     done = set(record(params).get("key", []))
-    todo = {key: [[*STAGE, stage, *arguments(one)] for stage in STAGES] for key, one in params["runs"].items()}
-    todo = {key: commands for key, commands in todo.items() if key not in done}
+    todo = {key: commands(params, wanted) for key, wanted in by_key(params).items() if key not in done}
     print(f"{len(done)} runs are recorded, {len(todo)} are to do, {jobs} at a time", flush=True)
     side_by_side(params, todo, jobs, minutes, lambda: record(params))
 
@@ -157,6 +167,28 @@ def outcome(one: Running, runs: pd.DataFrame, ended: int, total: int, start: flo
     return f"{one.name}, {said}, {one.minutes:.1f} min; about {left:.0f} min left"
 
 
+def by_key(params: dict) -> dict[str, dict]:
+    """``wanted_runs`` by their keys."""
+    return dict(zip(params["runs"], wanted_runs(params), strict=True))
+
+
+def commands(params: dict, wanted: dict) -> list[list[str]]:
+    """The stages that a run lacks, as commands; all from the first that is not finished with what ``wanted`` holds."""
+    arm, seed, given = wanted["arm"], wanted["seed"], wanted["stages"]
+    folder, stages = run_folder(params, arm, seed), list(STAGES)
+    while stages and is_finished(folder / stages[0], {"data": given["data"], stages[0]: given[stages[0]]}):
+        del stages[0]
+    for stage in stages:  # what is there comes from an earlier training
+        (folder / stage / "metrics.json").unlink(missing_ok=True)
+    return [[*STAGE, stage, "--arm", arm, "--seed", str(seed)] for stage in stages]
+
+
+def is_finished(folder: Path, given: dict) -> bool:
+    """Whether a stage was given these parameters and came to its end: its notebook is written last."""
+    there = (folder / "metrics.json").is_file() and (folder / f"{STAGES[folder.name]}.ipynb").is_file()
+    return there and read_json(folder / "parameters.json") == given
+
+
 def finished(params: dict) -> tuple[pd.DataFrame, list[str]]:
     """The finished runs with their ``key`` in the profile, and a line for each that cannot be taken."""
     runs, left_out = load_runs(Path("results", params["profile"]), wanted_runs(params))
@@ -166,17 +198,18 @@ def finished(params: dict) -> tuple[pd.DataFrame, list[str]]:
 
 
 def record(params: dict) -> pd.DataFrame:
-    """Writes ``runs.csv`` as it stands, if there is a finished run; returns ``finished``."""
-    runs, left_out = finished(params)
+    """Writes ``runs.csv`` as it stands, if there is a finished run; returns its runs with their ``key``.
+
+    One process at a time, wherever it runs: what the last one writes holds the runs of all.
+    """
+    Path(".scratch").mkdir(exist_ok=True)
+    with FileLock(f".scratch/{params['profile']}-runs.csv.lock"):
+        runs, left_out = finished(params)
+        if not runs.empty:
+            write_csv(Path("results", params["profile"], "runs.csv"), runs.drop(columns="key"))
     for line in left_out:
         print(line, flush=True)
-    if not runs.empty:
-        write_csv(Path("results", params["profile"], "runs.csv"), runs.drop(columns="key"))
     return runs
-
-
-def arguments(one: dict) -> list[str]:
-    return ["--arm", one["arm"], "--seed", str(one["seed"])]
 
 
 def plan(params: dict) -> None:
@@ -213,9 +246,18 @@ def plan(params: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m simmimlib.pipeline.campaign", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["repro", "plan", "run"])
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="run: the time there is (default: no end)")
-    parser.add_argument("--jobs", type=int, help="runs at a time (default: on a GPU one, else as many as cores)")
+    parser.add_argument("what", choices=["repro", "plan", "run", "submit"])
+    parser.add_argument("--minutes", type=float, help="run: the time there is (no end); submit: of a job (240)")
+    parser.add_argument(
+        "--jobs", type=int, help="runs at a time (on a GPU one, else as many as cores; submit: no limit)"
+    )
+    job = parser.add_argument_group(
+        "submit", "The rest is told to sbatch itself: SBATCH_PARTITION, SBATCH_ACCOUNT, ..."
+    )
+    job.add_argument("--cluster", choices=["slurm", "local"], help="slurm where there is one, else this machine")
+    job.add_argument("--nodes", type=int, default=1, help="machines for each run (1)")
+    job.add_argument("--gpus-per-node", type=int, default=1, help="GPUs on each of them (1); 0 trains on CPUs")
+    job.add_argument("--cpus-per-task", type=int, help="cores for each process (what the cluster gives)")
     given = parser.parse_args()
     os.chdir(project_root())
     try:
@@ -223,14 +265,19 @@ def main() -> None:
         if given.what == "repro":
             repro(params, given.jobs or jobs_here())
             return
+        if given.what == "submit":
+            from simmimlib.pipeline.cluster import submit  # imported here: needs submitit
         if not Path(packed_folder(params), "manifest.json").is_file():
             subprocess.run([*STAGE, "data"], check=True)
         check_packed(params)
         if given.what == "plan":
             plan(params)
+        elif given.what == "run":
+            run(params, float("inf") if given.minutes is None else given.minutes, given.jobs or jobs_here())
         else:
-            run(params, given.minutes, given.jobs or jobs_here())
-    except ValueError as error:
+            machines = (given.cluster, given.nodes, given.gpus_per_node, given.cpus_per_task)
+            submit(params, *machines, 240 if given.minutes is None else given.minutes, given.jobs)
+    except (ValueError, ImportError) as error:
         sys.exit(str(error))
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)

@@ -4,7 +4,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from simmimlib.machine.files import write_json
@@ -75,7 +75,8 @@ def signals_to_the_kernel() -> Iterator[None]:
         if not kernels:
             raise KeyboardInterrupt("stopped before the notebook was started")
         for kernel in kernels:
-            kernel.send_signal(signal.SIGINT)
+            with suppress(psutil.NoSuchProcess):  # a cluster has signalled it too
+                kernel.send_signal(signal.SIGINT)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
