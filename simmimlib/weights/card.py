@@ -1,6 +1,7 @@
 """Model cards: what weights are, from what data and recipe they come, what they reach, how to load them."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,12 +13,19 @@ from simmimlib.machine.files import read_json
 from simmimlib.model.encoders import Encoder
 from simmimlib.model.simmim import SimMIM
 from simmimlib.settings import require
+from simmimlib.weights.checkpoints import load_simmim
 
 NOT_RECORDED = "Not recorded: these weights were saved without the folder of their run (`run=`).\n"
 LICENCE = """\
 MIT, as the code that trained them, unless whoever trained them says otherwise here. The images that they were trained
 on have terms of their own.
 """
+LOAD = """\
+from simmimlib.weights.checkpoints import load_simmim
+
+model = load_simmim("model.safetensors").eval()
+output = model(images, mask)  # images: [B, C, H, W], normalised; mask: [B, h, w] of tokens, True = hidden
+loss, prediction = output.loss, output.prediction"""
 NUMBERS = {  # of a stage's metrics: what a reader calls them
     ("pretrain", "loss"): "pre-training loss, last epoch",
     ("pretrain", "val_loss"): "pre-training loss on validation images",
@@ -68,13 +76,13 @@ class Origin:
         return {"mean": tuple(mean), "std": tuple(std), "interpolation": "bilinear", "crop_pct": 1.0}
 
 
-def model_card(model: nn.Module, origin: Origin, load: str, library: str) -> str:
+def model_card(model: nn.Module, origin: Origin, load: str = LOAD, library: str = "simmimlib") -> str:
     """The card in Markdown, with the header that model hubs read.
 
     Args:
         model: whose weights they are: a ``SimMIM``, an ``Encoder``, a timm model.
-        load: the lines of Python that load them.
-        library: whose classes these lines use.
+        load: the lines of Python that load them; if not given, those for a file of ``save_simmim``.
+        library: what these lines import.
     """
     encoder = model.encoder if isinstance(model, SimMIM) else model
     timm_model: Any = encoder.model if isinstance(encoder, Encoder) else encoder
@@ -89,8 +97,9 @@ def model_card(model: nn.Module, origin: Origin, load: str, library: str) -> str
     return "\n".join(
         [
             f"---\nlibrary_name: {library}\npipeline_tag: {task}\ntags:\n- simmim\n- masked-image-modeling\n---",
-            f"# {name}, {trained} by SimMIM{seen}\n",
-            f"{count:,} parameters; images of {channels} x {height} x {width} (channels, height, width){classes}.",
+            f"# SimMIM, {trained}{seen}\n",
+            f"timm's {name}, changed as said below; {count:,} parameters{classes};",
+            f"images of {channels} x {height} x {width} (channels, height, width).",
             "SimMIM (Xie et al., CVPR 2022) predicts the pixels that a mask hides; it uses no label.\n",
             f"## Load\n\n```python\n{load}\n```\n",
             f"## Data\n\n{_data(origin)}",
@@ -150,3 +159,12 @@ def _text(value: object) -> str:
 
 def _list(lines: list[str]) -> str:
     return "".join(f"- {line}\n" for line in lines)
+
+
+def main() -> None:
+    """Prints the card of a pre-training: ``python -m simmimlib.weights.card results/<profile>/runs/<run>/pretrain``."""
+    print(model_card(load_simmim(Path(sys.argv[1]) / "model.safetensors"), Origin.read(sys.argv[1])), end="")
+
+
+if __name__ == "__main__":
+    main()
