@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from simmimlib.train.settings import ProbeSettings as ProbeSettings
     from simmimlib.weights.checkpoints import load_checkpoint as load_checkpoint
     from simmimlib.weights.export import export_timm as export_timm
-    from simmimlib.weights.export import save_timm as save_timm
+    from simmimlib.weights.folders import save_huggingface as save_huggingface
+    from simmimlib.weights.folders import save_timm as save_timm
 
 _HOME = {
     "FCMAE": "model.fcmae",
@@ -49,7 +50,8 @@ _HOME = {
     "load_checkpoint": "weights.checkpoints",
     "pretrain": "train.pretrain",
     "probe_blocks": "train.probe",
-    "save_timm": "weights.export",
+    "save_huggingface": "weights.folders",
+    "save_timm": "weights.folders",
 }
 __all__ = sorted(_HOME)
 

@@ -1,4 +1,4 @@
-"""What ``notebooks/00_tour.ipynb`` starts from: one picture and an untrained encoder."""
+"""What ``notebooks/00_tour.ipynb`` starts from: one picture and an untrained encoder, crops for a trained one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,9 @@ from simmimlib.data.packed_images import normaliser
 from simmimlib.model.encoders import Encoder, create_encoder
 from simmimlib.model.masking import MaskGenerator
 from simmimlib.settings import Settings, require, setting
+
+# the default of the profile cifar10-cpu, seed 0, and its card: results/cifar10-cpu/weights/README.md
+TRAINED = "results/cifar10-cpu/weights/pretrain/model.safetensors"
 
 
 @dataclass
@@ -38,20 +41,39 @@ class TourSettings(Settings):
 
     def load_picture(self) -> tuple[Packed, torch.Tensor]:
         """The picture's normalisation, and the picture itself: normalised, [1, 3, image_size, image_size]."""
-        if self.picture:
-            image = Image.open(self.picture).convert("RGB")
-        else:
-            from sklearn.datasets import load_sample_image  # imported here: only for its photograph
-
-            image = Image.fromarray(load_sample_image("china.jpg"))
+        image = Image.open(self.picture).convert("RGB") if self.picture else photograph("china.jpg")
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side)).resize(
-            (self.image_size,) * 2, Image.Resampling.BICUBIC
-        )
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
-        mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
-        nothing = Split(*[np.empty(0)] * 4)
-        packed = Packed("picture", [], self.image_size, 3, mean, std, "", nothing, nothing)
-        shift, scale = normaliser(packed, pixels.device)
-        return packed, (pixels - shift) / scale
+        return normalised([image.crop((left, top, left + side, top + side))], self.image_size)
+
+
+def photograph(name: str) -> Image.Image:
+    """One of the two photographs that scikit-learn ships: ``"china.jpg"`` or ``"flower.jpg"``, 640 x 427."""
+    from sklearn.datasets import load_sample_image  # imported here: only for its photographs
+
+    return Image.fromarray(load_sample_image(name))
+
+
+def small_pictures(size: int, side: int = 213) -> tuple[Packed, torch.Tensor]:
+    """Crops of ``side`` pixels of both photographs, side by side, in rows half a crop apart, scaled to ``size``.
+
+    Returns:
+        Their normalisation, ImageNet's, and the pictures, normalised, [n, 3, size, size]: 18 of 213 pixels.
+    """
+    crops = []
+    for image in (photograph("china.jpg"), photograph("flower.jpg")):
+        for top in range(0, image.height - side + 1, side // 2):
+            for left in range(0, image.width - side + 1, side):
+                crops.append(image.crop((left, top, left + side, top + side)))
+    return normalised(crops, size)
+
+
+def normalised(crops: list[Image.Image], size: int) -> tuple[Packed, torch.Tensor]:
+    """Square pictures at ``size`` pixels, normalised by ImageNet's statistics: these, and [n, 3, size, size]."""
+    small = [np.array(crop.resize((size, size), Image.Resampling.BICUBIC)) for crop in crops]
+    pixels = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float()
+    mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+    nothing = Split(*[np.empty(0)] * 4)
+    packed = Packed("picture", [], size, 3, mean, std, "", nothing, nothing)
+    shift, scale = normaliser(packed, pixels.device)
+    return packed, (pixels - shift) / scale

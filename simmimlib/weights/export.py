@@ -1,18 +1,12 @@
-"""Out to plain timm: an encoder without its mask token, for fine-tuning here or elsewhere."""
+"""Out to plain timm: an encoder without its mask token, for fine-tuning here or elsewhere (``folders`` saves it)."""
 
-import shutil
-from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from torch import nn
 
 from simmimlib.model.encoders import SIMMIM_VIT_BASE, Encoder, is_convnext
-from simmimlib.model.mim import MaskedImageModel
 from simmimlib.weights.checkpoints import load_checkpoint
-
-TIMM_FILES = {"model.safetensors", "config.json"}
 
 
 def export_timm(
@@ -57,34 +51,3 @@ def export_timm(
             img_size=(image_size, image_size) if isinstance(image_size, int) else image_size
         )
     return model
-
-
-def save_timm(model: nn.Module, folder: str | Path) -> None:
-    """Writes a plain timm model: ``timm.create_model("local-dir:" + folder, pretrained=True)`` gives it back.
-
-    Args:
-        model: from ``export_timm``, fine-tuned or not, or from ``timm.create_model``.
-        folder: gets ``model.safetensors`` and ``config.json``, both or neither; an earlier one is replaced.
-
-    Raises:
-        ValueError: not a plain timm model, or one that timm does not rebuild (an encoder without final norm); a folder
-            that holds anything else.
-    """
-    folder = Path(folder)
-    if isinstance(model, (MaskedImageModel, Encoder)) or not hasattr(model, "pretrained_cfg"):
-        raise ValueError(f"model of type {type(model).__name__}: must be a timm model, as export_timm returns it")
-    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - TIMM_FILES):
-        raise ValueError(f"folder = {str(folder)!r}: must be new, or hold nothing but {', '.join(sorted(TIMM_FILES))}")
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        # creates the folders above, too
-        timm.models.save_for_hf(model, temporary, safe_serialization=True)  # type: ignore[arg-type]
-        with torch.device("meta"):
-            rebuilt = timm.create_model(f"local-dir:{temporary}").state_dict()
-        if {name: t.shape for name, t in rebuilt.items()} != {name: t.shape for name, t in model.state_dict().items()}:
-            raise ValueError(f"model of type {type(model).__name__}: timm would rebuild it with other weights")
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

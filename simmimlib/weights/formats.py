@@ -24,16 +24,19 @@ FORMATS = (
     ("simmimlib's encoder", r"model\.", ((r"^model\.", "encoder.model."),)),
     (
         "Hugging Face's",
-        r"(swin|vit)\.",
+        r"(swin|swinv2|vit|beit)\.",
         (  # two spellings: on disk and, from transformers 5 on, in memory
             (r"\bembeddings\.(cls_token)", r"\1"),
             (r"\bembeddings\.(mask_token|norm)", r"patch_embed.\1"),
             (r"\bembeddings\.patch_embeddings\.projection", "patch_embed.proj"),
             (r"\bembeddings\.position_embeddings", "pos_embed"),
-            (r"^vit\.(encoder\.layer|layers)\.", "vit.blocks."),
-            (r"\battention\.(self|attention|relative_position_bias)\.", "attention."),
+            (r"^(vit|beit)\.(encoder\.layer|layers)\.", "vit.blocks."),
+            (r"^beit\.encoder\.relative_position_bias\.", "beit.rel_pos_bias."),
+            (r"\battention\.((self|attention|relative_position_bias)\.)+", "attention."),
             (r"\battention\.(output\.dense|o_proj)\.", "attention.proj."),
             (r"\battention\.([qkv])(uery|ey|alue|_proj)\.", r"attention.\1."),
+            (r"\bcontinuous_position_bias_mlp\.", "cpb_mlp."),
+            (r"\blambda_", "gamma_"),
             (r"\battention\.", "attn."),
             (r"\bintermediate\.dense\.", "mlp.fc1."),
             (r"\boutput\.dense\.", "mlp.fc2."),
@@ -41,7 +44,7 @@ FORMATS = (
             (r"\blayernorm_after\.", "norm2."),
             (r"\blayernorm\.", "norm."),
             NEXT_STAGE,
-            (r"^(swin|vit)\.(encoder\.)?", "encoder.model."),
+            (r"^(swin|swinv2|vit|beit)\.(encoder\.)?", "encoder.model."),
             (r"^decoder\.", "head."),
         ),
     ),
@@ -91,6 +94,10 @@ def to_simmimlib(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
         if all(part in renamed for part in parts):  # timm: one linear layer for the three
             joined = torch.cat([renamed.pop(part) for part in parts])
             renamed[name.replace(".attn.q.", ".attn.qkv.")] = joined
+        elif name.endswith(".bias") and parts[2] in renamed:  # BEiT and SwinV2: keys have no bias
+            for part in ("q", "v"):
+                attention = name.removesuffix("q.bias")
+                renamed[f"{attention}{part}_bias"] = renamed.pop(f"{attention}{part}.bias")
     if style == "the official MAE's":
         _reorder_pixels(renamed, "decoder_pred", "encoder.model.patch_embed.proj.weight")
     elif style == "the official FCMAE's":

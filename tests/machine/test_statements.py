@@ -4,7 +4,15 @@ import json
 
 import pytest
 
-from simmimlib.machine.statements import GROUPS, LIBRARY, TRAINING, group_statements, notebook_statements, statements
+from simmimlib.machine.statements import (
+    GROUPS,
+    LIBRARY,
+    TRAINING,
+    WRITERS,
+    group_statements,
+    notebook_statements,
+    statements,
+)
 
 SOURCE = '''"""A module."""
 from settings import setting
@@ -62,7 +70,11 @@ def test_every_module_that_moves_numbers_is_in_one_group():
     trained = {name for name, (group,) in found.items() if group in (*TRAINING, "packing")}
     folders = ("model", "weights", "data", "train")
     wings = {path.relative_to(LIBRARY).as_posix() for wing in folders for path in LIBRARY.glob(f"{wing}/*.py")}
-    assert wings | {"settings.py", "machine/device.py", "machine/distributed.py"} <= trained
+    assert wings - set(WRITERS) | {"settings.py", "machine/device.py", "machine/distributed.py"} <= trained
+    assert not set(WRITERS) & found.keys()
+    # what is left out must not be what a run computes with
+    imported = "".join(group_statements(group) for group in TRAINING)
+    assert not any(path.removesuffix(".py").replace("/", ".") in imported for path in WRITERS)
 
 
 def test_a_notebook_counts_by_the_statements_of_its_cells(tmp_path):

@@ -77,8 +77,9 @@ def test_query_key_and_value_are_joined_in_timms_order_or_left_as_they_are():
     _, joined = to_simmimlib(parts)
     assert list(joined) == ["encoder.model.blocks.0.attn.qkv.bias"]
     assert joined.popitem()[1].tolist() == [0, 0, 1, 1, 2, 2]
-    parts.pop("vit.layers.0.attention.k_proj.bias")
-    assert list(to_simmimlib(parts)[1]) == [f"encoder.model.blocks.0.attn.{part}.bias" for part in "qv"]
+    key = parts.pop("vit.layers.0.attention.k_proj.bias")
+    assert list(to_simmimlib(parts)[1]) == [f"encoder.model.blocks.0.attn.{part}_bias" for part in "qv"]  # BEiT's
+    assert list(to_simmimlib({"vit.layers.0.attention.k_proj.bias": key})[1]) == ["encoder.model.blocks.0.attn.k.bias"]
 
 
 def test_of_a_folder_the_newer_file_is_read(tmp_path):

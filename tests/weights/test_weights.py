@@ -11,7 +11,7 @@ from simmimlib.model.fcmae import FCMAE
 from simmimlib.model.mae import MAE
 from simmimlib.model.simmim import SimMIM
 from simmimlib.weights.checkpoints import load_checkpoint, load_model, save_model
-from simmimlib.weights.export import export_timm, save_timm
+from simmimlib.weights.export import export_timm
 from small_models import (
     ENCODERS,
     OFFICIAL,
@@ -142,35 +142,6 @@ def test_another_size_is_resized(name, caplog):
     assert large(torch.randn(1, 3, 128, 128), torch.ones(1, *large.encoder.model.patch_embed.grid_size).bool()).loss > 0
 
 
-@pytest.mark.parametrize(("final_norm", "image_size"), [(True, None), (False, 128)])
-@pytest.mark.parametrize(
-    ("name", "size", "kwargs"),
-    [
-        ("vit_tiny_patch16_224", (64, 96), {**VIT, "patch_size": 8}),
-        ("swin_tiny_patch4_window7_224", 64, SWIN),
-        ("simmim_vit_base", 96, {**VIT, "in_chans": 1}),
-        ("convnextv2_atto", 64, SMALL_CONVNEXT),
-        ("convnextv2_nano", 32, {**SMALL_CONVNEXT, "patch_size": 1}),
-    ],
-)
-def test_timm_round_trip(name, size, kwargs, final_norm, image_size, tmp_path):
-    if not final_norm and "convnext" in name:
-        pytest.skip("a ConvNeXt has no final norm")
-    encoder = shake(create_encoder(name, size, final_norm=final_norm, **kwargs))
-    pooling = {} if final_norm else {"global_pool": "avg"}  # timm itself knows no encoder without a norm
-    model = export_timm(encoder, image_size=image_size, drop_path_rate=0.1, num_classes=3, **pooling).eval()
-    save_timm(model, tmp_path / "new" / "model")
-    save_timm(model, tmp_path / "new" / "model")  # once more: replaced
-    again = timm.create_model(f"local-dir:{tmp_path / 'new' / 'model'}", pretrained=True).eval()
-    sides = (size, size) if "convnext" in name else model.patch_embed.img_size
-    images = torch.randn(2, encoder.config["in_chans"], *sides)
-    with torch.no_grad():
-        assert torch.equal(again.forward_features(images), model.forward_features(images))
-        assert torch.equal(again(images), model(images))
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["model"]
-    assert {path.name for path in (tmp_path / "new" / "model").iterdir()} == {"model.safetensors", "config.json"}
-
-
 def test_encoder_without_final_norm():
     encoder = shake(create_encoder(*OFFICIAL["swin"][:1], 64, final_norm=False, **SWIN))
     images = torch.randn(2, 3, 64, 64)
@@ -178,24 +149,6 @@ def test_encoder_without_final_norm():
         plain = export_timm(encoder).eval().forward_features(images)
         torch.testing.assert_close(plain.permute(0, 3, 1, 2), encoder(images), rtol=0, atol=0)
     assert export_timm(encoder, 5, "avg").norm.weight.eq(1).all()  # fine-tuning starts with a new norm
-
-
-def test_save_timm_refuses(tmp_path, monkeypatch):
-    encoder = build_official("swin").encoder
-    model = export_timm(encoder)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="must be new, or hold nothing but config"):
-        save_timm(model, tmp_path / "mine")
-    with pytest.raises(ValueError, match="model of type Encoder: must be a timm model"):
-        save_timm(encoder, tmp_path / "encoder")
-    no_norm = create_encoder(OFFICIAL["swin"][0], 64, final_norm=False, **SWIN)
-    with pytest.raises(ValueError, match="timm would rebuild it with other weights"):
-        save_timm(export_timm(no_norm), tmp_path / "encoder")
-    monkeypatch.setattr(timm.models._hub.json, "dump", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        save_timm(model, tmp_path / "half")
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]  # whole or not at all
 
 
 def test_mismatches_are_refused_by_name():
