@@ -22,6 +22,7 @@ NOTEBOOKS = {  # whose settings each notebook's parameters are
     "03_finetune": "simmimlib.train.settings:FinetuneSettings",
     "04_ablations": "simmimlib.report.tables:TableSettings",
     "05_probe": "simmimlib.train.settings:ProbeSettings",
+    "07_own_images": "simmimlib.pipeline.own_images:OwnImagesSettings",
 }
 FIRST = "# Parameters: change them here, or from outside with `papermill -p name value`"
 S = TypeVar("S", bound=Settings)

@@ -214,7 +214,7 @@ def read_image(item: str | np.ndarray, channels: int) -> np.ndarray:
     [height, width, channels].
 
     Raises:
-        ValueError: it has another number of channels, or an array is not uint8.
+        ValueError: it has another number of channels, or its pixels more than 8 bits.
         Exception: of any kind, from the decoder, where the file is damaged or no image.
     """
     if isinstance(item, np.ndarray):
@@ -230,4 +230,6 @@ def read_image(item: str | np.ndarray, channels: int) -> np.ndarray:
         image = Image.open(item)
         if channels not in MODES:
             raise ValueError(f"an image file has 1, 3 or 4 channels; {channels} come from .npy arrays only")
+        if image.mode.startswith(("I", "F")):  # Pillow would cut everything above 255 off
+            raise ValueError(f"its pixels have more than 8 bits (mode {image.mode}); make .npy arrays of uint8 of them")
     return np.asarray(image.convert(MODES[channels])).reshape(image.height, image.width, channels)

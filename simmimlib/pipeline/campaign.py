@@ -28,7 +28,7 @@ import psutil
 from simmimlib.machine.files import project_root, write_csv, write_text
 from simmimlib.machine.signals import stop_signals
 from simmimlib.pipeline.arms import STAGES, packed_folder, stage_parameters, wanted_runs
-from simmimlib.pipeline.profiles import check_packed, read_params
+from simmimlib.pipeline.profiles import check_classes, check_packed, read_params
 from simmimlib.report.runs import load_runs
 
 PATIENCE = 60  # seconds that a run has for saving
@@ -92,6 +92,7 @@ def run(params: dict, minutes: float, jobs: int) -> None:
 def repro(params: dict, jobs: int) -> None:
     """Trains what is not up to date, each run by a ``dvc repro`` of its own; the tables are left to a last one."""
     subprocess.run([*DVC, "repro", "--quiet", "code", f"data@{params['profile']}"], check=True)
+    check_classes(params)
     status = subprocess.run([*DVC, "status", "--json"], check=True, capture_output=True, text=True)
     stale = {stage.partition("@")[2] for stage in json.loads(status.stdout)}
     # `--single-item`: DVC would not look at `code` again while another run holds it to read
