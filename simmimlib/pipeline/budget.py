@@ -7,6 +7,7 @@ FILLED = 0.85  # of the minutes: what was measured in seconds does not hold exac
 TABLES = 40.0  # seconds of the pipeline's last stage and of finding out what is to do, on two slow cores
 DVC = 6.0  # seconds of a run's own `dvc repro`, there
 PRETRAINING = 2 / 3  # of a seed's training; the two fine-tunings share the rest
+EVALUATIONS = 4  # of a fine-tuning
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Cost:
     packing: float
     pretrain_image: float
     finetune_image: float
+    evaluation: float  # on all validation images
     starts: float  # of the notebooks of a run, all together
     probe: float
     probe_pixels: float  # of the arm from scratch, besides
@@ -32,7 +34,7 @@ class Runs:
     def seconds(self, cost: Cost, pretrain_images: float, finetune_images: float) -> float:
         """Of everything, when the default is pre-trained on so many images and each arm fine-tuned on so many."""
         around = cost.starts + DVC
-        tuned = around + cost.probe + finetune_images * cost.finetune_image
+        tuned = around + cost.probe + finetune_images * cost.finetune_image + EVALUATIONS * cost.evaluation
         default, scratch = tuned + pretrain_images * cost.pretrain_image, tuned + cost.probe_pixels
         if not self.labelled:
             return cost.packing + TABLES + default

@@ -32,6 +32,7 @@ from simmimlib.pipeline.profiles import check_classes, check_packed, read_params
 from simmimlib.report.runs import load_runs
 
 PATIENCE = 60  # seconds that a run has for saving
+NEWS = 60  # seconds between two looks at the runs that are under way
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
 STAGE = [sys.executable, "-m", "simmimlib.pipeline.stages"]
 
@@ -75,6 +76,11 @@ class Running:
             for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
                 process.kill()
 
+    def standing(self) -> str:
+        """Where it stands: the last line of its log, of a training its epoch, loss or accuracy, and seconds left."""
+        lines = self.log.read_text(errors="replace").split("\n")
+        return f"{self.name}, {self.minutes:.1f} min: {next((line for line in reversed(lines) if line.strip()), '...')}"
+
     @property
     def minutes(self) -> float:
         return (time.monotonic() - self.start) / 60
@@ -111,6 +117,7 @@ def side_by_side(params: dict, todo: dict[str, list], jobs: int, minutes: float,
         report: the finished runs as a table, called when one has ended.
     """
     start, total = time.monotonic(), len(todo)
+    looked = start
     deadline = start + 60 * minutes
     waiting, failed = list(todo), []
     running: list[Running] = []
@@ -135,6 +142,10 @@ def side_by_side(params: dict, todo: dict[str, list], jobs: int, minutes: float,
                     one.finish()
                 print(f"stopped; to resume: {', '.join(one.name for one in running)}", flush=True)
                 break
+            if time.monotonic() - looked > NEWS:
+                looked = time.monotonic()
+                for one in running:
+                    print(f"  {one.standing()}", flush=True)
             for one in [one for one in running if one.ended()]:
                 running.remove(one)
                 if one.process.returncode:

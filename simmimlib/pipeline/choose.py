@@ -10,7 +10,7 @@ import torch
 
 from simmimlib.model.avgdist import avg_dist
 from simmimlib.model.masking import MaskGenerator
-from simmimlib.pipeline.budget import Runs
+from simmimlib.pipeline.budget import EVALUATIONS, Runs
 from simmimlib.pipeline.look import Look
 
 SEEDS = 3
@@ -200,7 +200,7 @@ def choose_recipe(choice: Choice, rung: Rung, pretrain_images: float, finetune_i
     for name, value in rung.recipe.finetune.items():
         choice.put("finetune", name, value)
     choice.put("finetune", "flip", True)
-    choice.put("finetune", "eval_epochs", max(1, epochs // 4))
+    choice.put("finetune", "eval_epochs", max(1, epochs // EVALUATIONS))
     probed = min(int(counts.min()), max(LABELS_A_CLASS, PROBED // classes)) * classes
     choice.put("probe", "labelled_images", probed, "equally many a class, for features that are not trained")
     choice.put("probe", "k", min(20, probed))

@@ -50,7 +50,8 @@ from simmimlib.settings import Settings, require, setting
 WORK = Path(".scratch/own_images")
 DIGITS = WORK / "digits"
 TRY_SECONDS = 4.0  # of training, in the try of a stage
-FEWEST_FINETUNE_STEPS = 100
+FORWARD = 1 / 3  # what an image costs that is only looked at, as a share of one that is trained on
+FEWEST_FINETUNE_STEPS = 200
 WIDTH = 120
 
 
@@ -130,7 +131,7 @@ def pick_rung(choice: Choice, images: str, minutes: float, jobs: int) -> tuple[R
         if seconds is None:
             print(f"{described(trial)}: does not fit into the memory", flush=True)
             continue
-        rough = Cost(0, seconds, seconds, 0, 0, 0, jobs)
+        rough = Cost(0, seconds, seconds, 0, 0, 0, 0, jobs)
         steps = choice.runs.fit(rough, minutes)[0] / rung.batch
         print(f"{described(trial)}: {1 / seconds:.3g} images/s, about {steps:.2g} steps in {minutes:g} min", flush=True)
         fitting = rung, seconds
@@ -175,8 +176,11 @@ def measure(choice: Choice, rung: Rung, seconds: float, jobs: int) -> Cost:
     shutil.rmtree(WORK / "try")
     total = len(found.source.train) + manifest["val"]
 
+    # the try of fine-tuning ends with an evaluation, whose images cost a forward pass, a third of a step
+    evaluated = {"pretrain": 0.0, "finetune": FORWARD * manifest["val"]}
+
     def an_image(stage: str) -> float:
-        return took[stage]["training"] / took[stage]["images"] if stage in took else 0.0
+        return took[stage]["training"] / (took[stage]["images"] + evaluated[stage]) if stage in took else 0.0
 
     told = [f"{stage} {1 / an_image(stage):.3g} images/s" for stage in ("pretrain", "finetune") if stage in took]
     print(f"{', '.join(told)}; {sum(of['start'] for of in took.values()):.0f} s for the notebooks of a run", flush=True)
@@ -184,6 +188,7 @@ def measure(choice: Choice, rung: Rung, seconds: float, jobs: int) -> Cost:
         packing=packing * total,
         pretrain_image=an_image("pretrain"),
         finetune_image=an_image("finetune"),
+        evaluation=an_image("finetune") * evaluated["finetune"],
         starts=sum(took[stage]["start"] for stage in STAGES if stage in took),
         probe=took["probe"]["training"] if "probe" in took else 0.0,
         probe_pixels=took["probe"]["pixels"] if "probe" in took else 0.0,
@@ -273,7 +278,9 @@ def main() -> None:
     images = str(Path(given.images).expanduser().absolute())
     os.chdir(project_root())
     try:
-        require(given.images, "images", given.images, "a folder: make profile NAME=mine IMAGES=/path")
+        how = "make profile NAME=mine IMAGES=/path"
+        require(given.name, "name", given.name, f"that of the profile to write: {how}")
+        require(given.images, "images", given.images, f"a folder of images: {how}")
         settings = OwnImagesSettings(given.name, images, given.minutes)
         found = look(images)
         print("\n".join(found.lines()), flush=True)

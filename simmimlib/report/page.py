@@ -1,6 +1,7 @@
 """A report as one HTML file: Markdown with its pictures embedded, a style inside, nothing to load. No torch here."""
 
 import re
+from html import escape
 from pathlib import Path
 
 CAPTIONS = {  # last word of a picture's name -> what it shows
@@ -33,7 +34,7 @@ def to_html(markdown: str, folder: str | Path, title: str) -> str:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(with_captions(markdown))])
     exporter = HTMLExporter(template_name="basic", embed_images=True)
     body, _ = exporter.from_notebook_node(notebook, {"metadata": {"path": str(folder), "name": title}})
-    head = f'<meta charset="utf-8">\n<title>{title}</title>\n<style>{STYLE}</style>'
+    head = f'<meta charset="utf-8">\n<title>{escape(title)}</title>\n<style>{STYLE}</style>'
     return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
 
 
