@@ -158,18 +158,13 @@ def choose_model(choice: Choice, rung: Rung) -> None:
     size, patch = model["image_size"], model["image_size"] // rung.tokens
     for name, value in model.items():
         choice.put("model", name, value)
-    choice.why["model.encoder"] = (
-        f"the largest that gets {ENOUGH_STEPS} steps here, or the smallest; {rung.recipe.origin}"
-    )
+    why = f"the largest that gets {ENOUGH_STEPS} steps here, or the smallest; {rung.recipe.origin}"
+    choice.why["model.encoder"] = why
     choice.why["model.image_size"] = f"{rung.tokens} x {rung.tokens} patches of {patch} pixels"
     mask_patch, ratio, share = best_masks(size, patch)
     choice.put("pretrain", "mask_patch_size", mask_patch)
-    choice.put(
-        "pretrain",
-        "mask_ratio",
-        ratio,
-        f"AvgDist is {100 * share:.1f} % of the side; the paper's best: 5 to 8 %",
-    )
+    why = f"AvgDist is {100 * share:.1f} % of the side; the paper's best masks have 5 to 8 %"
+    choice.put("pretrain", "mask_ratio", ratio, why)
 
 
 def choose_recipe(choice: Choice, rung: Rung, pretrain_images: float, finetune_images: float) -> None:
@@ -190,7 +185,9 @@ def choose_recipe(choice: Choice, rung: Rung, pretrain_images: float, finetune_i
         return
     fewest, most = FINETUNE_EPOCHS
     each = max(LABELS_A_CLASS, min(int(counts.min()), int(finetune_images / fewest / classes)))
-    labelled = 0 if counts.sum() * fewest <= finetune_images else each * classes
+    # all of them, too, where a rare class would leave most labels out
+    everything = counts.sum() * fewest <= finetune_images or 2 * each * classes * fewest <= finetune_images
+    labelled = 0 if everything else each * classes
     used = labelled or int(counts.sum())
     said = f"all {used}" if not labelled else f"{each} a class: what {fewest} epochs allow in the time; 0 takes all"
     choice.put("finetune", "labelled_images", labelled, said)

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import yaml
+import torch
 from PIL import Image
 
 from simmimlib.data.packing import pack
 from simmimlib.data.sources import DataSettings
 from simmimlib.machine.device import pick_device
 from simmimlib.machine.files import project_root, write_text
-from simmimlib.machine.provenance import processor
+from simmimlib.machine.provenance import provenance
 from simmimlib.pipeline.arms import STAGES
 from simmimlib.pipeline.budget import Cost
 from simmimlib.pipeline.campaign import jobs_here
@@ -52,6 +52,7 @@ DIGITS = WORK / "digits"
 TRY_SECONDS = 4.0  # of training, in the try of a stage
 FORWARD = 1 / 3  # what an image costs that is only looked at, as a share of one that is trained on
 FEWEST_FINETUNE_STEPS = 200
+ROUGH = (30, 5, 15)  # seconds of a run's notebooks and probes on a slow core, until they are measured
 WIDTH = 120
 
 
@@ -91,7 +92,7 @@ def write_digits() -> str:
 
 
 def propose(settings: OwnImagesSettings, found: Look) -> Choice:
-    """Chooses everything, with half a minute or so of measuring.
+    """Chooses everything, with a minute or so of measuring.
 
     Raises:
         ValueError: a class with too few images, too few minutes; the message says what would be needed.
@@ -131,7 +132,7 @@ def pick_rung(choice: Choice, images: str, minutes: float, jobs: int) -> tuple[R
         if seconds is None:
             print(f"{described(trial)}: does not fit into the memory", flush=True)
             continue
-        rough = Cost(0, seconds, seconds, 0, 0, 0, 0, jobs)
+        rough = Cost(0, seconds, seconds, 0, *ROUGH, jobs)
         steps = choice.runs.fit(rough, minutes)[0] / rung.batch
         print(f"{described(trial)}: {1 / seconds:.3g} images/s, about {steps:.2g} steps in {minutes:g} min", flush=True)
         fitting = rung, seconds
@@ -215,11 +216,10 @@ def refuse_too_few_minutes(choice: Choice, rung: Rung, cost: Cost, minutes: floa
 def to_yaml(choice: Choice, settings: OwnImagesSettings) -> str:
     """The profile: what was found and what to expect as its header, then each value with its reason."""
     labelled, name = choice.look.labelled, settings.name or "mine"
-    device = pick_device()
-    where = processor() if device.type == "cpu" else device.type
+    where = provenance(pick_device(), torch.float32)["device"]
     header = [
         f"{name}: chosen by `make profile` for {choice.look.source.name}, {settings.minutes:g} minutes on "
-        f"{os.cpu_count()} cores ({where}); about {choice.minutes:.0f} min by what was measured. Not run yet.",
+        f"{where}; about {choice.minutes:.0f} min by what was measured. Not run yet.",
         *choice.look.lines(),
         *(f"WARNING: {text}" for text in choice.warnings),
         *next_steps(name, labelled),
@@ -263,9 +263,7 @@ def wrapped(text: str) -> list[str]:
 
 def write_profile(choice: Choice, settings: OwnImagesSettings) -> Path:
     path = project_root() / f"profiles/{settings.name}.yaml"
-    text = to_yaml(choice, settings)
-    yaml.safe_load(text)
-    write_text(path, text)
+    write_text(path, to_yaml(choice, settings))
     return path
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from simmimlib import DataSettings, FinetuneSettings, PretrainSettings, ProbeSettings
 from simmimlib.data.sources import Source
-from simmimlib.pipeline import choose
 from simmimlib.pipeline.choose import LADDER, Choice, best_masks, choose_data, choose_model, choose_recipe, rungs, warn
 from simmimlib.pipeline.look import Look
 
@@ -120,6 +119,15 @@ def test_what_fits():
     assert values["pretrain"]["epochs"] == 1 and values["data"]["train_per_class"] == 100_000
 
 
+def test_a_rare_class_leaves_no_labels_out():
+    look = seen(each=500)
+    kept = [item for item in look.source.train if item[1] or item[0] in ("0-0.png", "0-1.png", "0-2.png")]
+    choice = chosen(seen(source=look.source._replace(train=kept)), images=(50_000, 20_000))
+    assert choice.training_counts.tolist() == [3] + [500] * 9
+    assert choice.values["finetune"]["labelled_images"] == 0 and choice.values["finetune"]["epochs"] == 4
+    check(choice)
+
+
 def test_rates_are_those_of_cifar10_cpu():
     values = chosen(seen(each=5000), LADDER[-2]).values
     assert values["pretrain"]["base_lr"] == 0.032 and values["finetune"]["base_lr"] == 0.016
@@ -149,4 +157,3 @@ def test_nothing_is_warned_of_where_nothing_is_odd():
 def test_the_path_is_whole(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert chosen(seen()).values["data"]["path"] == os.path.join(tmp_path, "somewhere")  # noqa: PTH118
-    assert choose.VALIDATION == 2000
