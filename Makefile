@@ -1,10 +1,13 @@
 PYTHON ?= python3
 PROFILE ?=
+NAME ?=
+IMAGES ?=
+MINUTES ?=
 READY := .venv/.ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test test-fast lab lint format bench
+.PHONY: help repro profile report test test-fast lab lint format bench
 
 help: # list the targets
 	@echo "Each target sets up .venv by itself (about 6 GB, some minutes)."
@@ -14,6 +17,12 @@ repro: $(READY) # train what the active profile lacks, tables and figures; PROFI
 	python -m simmimlib.pipeline.stages $(if $(PROFILE),activate $(PROFILE),refresh)
 	python -m simmimlib.pipeline.campaign repro
 	dvc repro
+
+profile: $(READY) # write a profile for your images: NAME=mine IMAGES=/path MINUTES=60 (of make repro)
+	python -m simmimlib.pipeline.own_images "$(NAME)" --images "$(IMAGES)" $(if $(MINUTES),--minutes $(MINUTES))
+
+report: $(READY) # results/<profile>/report.html, one file to send, from the tables and figures there are; PROFILE=name
+	python -m simmimlib.pipeline.stages report $(PROFILE)
 
 test: $(READY) # all tests (those of a cluster need Debian's slurm-wlm and munge)
 	python -m pytest

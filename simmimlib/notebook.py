@@ -23,6 +23,7 @@ NOTEBOOKS = {  # whose settings each notebook's parameters are
     "04_ablations": "simmimlib.report.tables:TableSettings",
     "05_probe": "simmimlib.train.settings:ProbeSettings",
     "06_use": "simmimlib.report.use:UseSettings",
+    "07_own_images": "simmimlib.pipeline.own_images:OwnImagesSettings",
 }
 FIRST = "# Parameters: change them here, or from outside with `papermill -p name value`"
 S = TypeVar("S", bound=Settings)

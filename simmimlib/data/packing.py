@@ -78,6 +78,7 @@ def _pack(settings: DataSettings, out: Path) -> dict:
         "classes": source.classes,
         **counts,
         "unreadable": {name: len(unreadable[name]) for name in splits},
+        "other_files": len(source.other_files),  # left out: no image's extension
         "size": settings.size,
         "channels": settings.channels,
         "mean": mean,

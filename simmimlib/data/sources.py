@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,6 +69,7 @@ class Source(NamedTuple):
     train: list  # of (path as str or uint8 array, class index or -1)
     val: list
     classes: list
+    other_files: Sequence[str] = ()  # left out: no image's extension
 
 
 def find_images(settings: DataSettings) -> Source:
@@ -123,7 +126,9 @@ def _torchvision(name: str) -> Source:
 def image_folder(path: str) -> Source:
     """``train/<class>/*`` with ``val/<class>/*`` or ``test/<class>/*``; ``<class>/*`` alone; or images without classes.
 
-    A file is anything Pillow reads, or a ``.npy`` array of uint8, [height, width, channels] or [height, width].
+    A file is anything Pillow reads, or a ``.npy`` array of uint8, [height, width, channels] or [height, width]. Files
+    that have no image's extension are left out, as by torchvision and timm. Tiny-ImageNet's own ``val``, images in one
+    folder and their classes in ``val_annotations.txt``, is read too.
 
     Raises:
         ValueError: the folder is missing or holds no image, or validation has a class that training lacks.
@@ -134,15 +139,45 @@ def image_folder(path: str) -> Source:
     val_root = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     skip = {"val", "test"} if train_root == root else set()
     classes = [entry.name for entry in _visible(train_root) if entry.is_dir() and entry.name not in skip]
-    train = _labelled_files(train_root, classes)
-    require(bool(train), "path", str(train_root), "a folder that holds images; this one has none")
-    val = []
+    train, other = _only_images(_labelled_files(train_root, classes))
+    none = f"this one has none (nor has a file of another kind: {other[0]})" if other else "this one has none"
+    require(bool(train), "path", str(train_root), f"a folder that holds images; {none}")
+    val: list = []
     if val_root is not None:
-        val_classes = [entry.name for entry in _visible(val_root) if entry.is_dir()]
-        if unknown := [name for name in val_classes if name not in classes]:
-            raise ValueError(f"{val_root} has classes that {train_root} lacks: {', '.join(unknown[:10])}")
-        val = _labelled_files(val_root, classes)
-    return Source(root.absolute().name, train, val, classes)  # of a link, its own name
+        val, beside = _only_images(_validation_files(val_root, classes, train_root))
+        other += beside
+    return Source(root.absolute().name, train, val, classes, other)  # of a link, its own name
+
+
+@cache
+def image_extensions() -> frozenset[str]:
+    """In lower case, with the dot: those of the formats that Pillow opens, and ``.npy``."""
+    known = Image.registered_extensions()  # fills Image.OPEN, too
+    return frozenset({".npy", *(suffix for suffix, kind in known.items() if kind in Image.OPEN)})
+
+
+def _only_images(items: list) -> tuple[list, list[str]]:
+    """The items whose files have an image's extension, and the paths of the others."""
+    known = [Path(path).suffix.lower() in image_extensions() for path, _ in items]
+    pairs = list(zip(items, known, strict=True))
+    return [item for item, is_image in pairs if is_image], [path for (path, _), is_image in pairs if not is_image]
+
+
+def _validation_files(root: Path, classes: list, train_root: Path) -> list:
+    found = [entry.name for entry in _visible(root) if entry.is_dir()]
+    table = root / "val_annotations.txt"
+    if table.is_file() and found == ["images"]:  # Tiny-ImageNet: file, class and box in a line
+        lines = [line.split("\t") for line in table.read_text().splitlines()]
+        found = sorted({name for _, name, *_ in lines})
+    else:
+        lines = []
+    if unknown := [name for name in found if name not in classes]:
+        raise ValueError(f"{root} has classes that {train_root} lacks: {', '.join(unknown[:10])}")
+    if classes and not found:
+        raise ValueError(f"{root} has no folder of a class, and {train_root} has: put its images into {root}/<class>/")
+    if lines:
+        return [(str(root / "images" / file), classes.index(name)) for file, name, *_ in lines]
+    return _labelled_files(root, classes)
 
 
 def _visible(folder: str | Path) -> list[os.DirEntry[str]]:
@@ -154,7 +189,12 @@ def _visible(folder: str | Path) -> list[os.DirEntry[str]]:
 def _labelled_files(root: Path, classes: list) -> list:
     if not classes:
         return [(entry.path, -1) for entry in _visible(root) if entry.is_file()]
-    return [(path, label) for label, name in enumerate(classes) for path in _files_below(root / name)]
+    return [
+        (path, label)
+        for label, name in enumerate(classes)
+        if (root / name).is_dir()  # validation may lack a class
+        for path in _files_below(root / name)
+    ]
 
 
 def _files_below(folder: str | Path) -> list[str]:
@@ -174,7 +214,7 @@ def read_image(item: str | np.ndarray, channels: int) -> np.ndarray:
     [height, width, channels].
 
     Raises:
-        ValueError: it has another number of channels, or an array is not uint8.
+        ValueError: it has another number of channels, or its pixels more than 8 bits.
         Exception: of any kind, from the decoder, where the file is damaged or no image.
     """
     if isinstance(item, np.ndarray):
@@ -190,4 +230,6 @@ def read_image(item: str | np.ndarray, channels: int) -> np.ndarray:
         image = Image.open(item)
         if channels not in MODES:
             raise ValueError(f"an image file has 1, 3 or 4 channels; {channels} come from .npy arrays only")
+        if image.mode.startswith(("I", "F")):  # Pillow would cut everything above 255 off
+            raise ValueError(f"its pixels have more than 8 bits (mode {image.mode}); make .npy arrays of uint8 of them")
     return np.asarray(image.convert(MODES[channels])).reshape(image.height, image.width, channels)

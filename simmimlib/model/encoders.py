@@ -137,6 +137,10 @@ def create_encoder(
             global_pool="token" if "distilled" in timm_name else "",
             **{"drop_path_rate": 0.0, **defaults, **timm_kwargs},  # timm's Swin would drop paths by default
         )
+        # timm builds a BEiT and a SwinV2 of any width, which then fail at their first image
+        attention: list[Any] = [module for module in model.modules() if hasattr(module, "qkv")]
+        if any(module.qkv.in_features % module.num_heads for module in attention):
+            raise ValueError("embed_dim must be a multiple of num_heads")
     except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         why = str(error) or "embed_dim must be a multiple of num_heads"
         raise ValueError(f"encoder_kwargs = {timm_kwargs}: timm cannot build {timm_name} so ({why})") from error

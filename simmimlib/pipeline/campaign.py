@@ -31,10 +31,11 @@ from filelock import FileLock
 from simmimlib.machine.files import project_root, read_json, write_csv, write_text
 from simmimlib.machine.signals import stop_signals
 from simmimlib.pipeline.arms import STAGES, packed_folder, run_folder, stage_parameters, wanted_runs
-from simmimlib.pipeline.profiles import check_packed, read_params
+from simmimlib.pipeline.profiles import check_classes, check_packed, read_params
 from simmimlib.report.runs import load_runs
 
 PATIENCE = 60  # seconds that a run has for saving
+NEWS = 60  # seconds between two looks at the runs that are under way
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
 STAGE = [sys.executable, "-m", "simmimlib.pipeline.stages"]
 
@@ -86,6 +87,11 @@ class Running:
                         process.kill()
             self.process.kill()
 
+    def standing(self) -> str:
+        """Where it stands: the last line of its log, of a training its epoch, loss or accuracy, and seconds left."""
+        lines = self.log.read_text(errors="replace").split("\n")
+        return f"{self.name}, {self.minutes:.1f} min: {next((line for line in reversed(lines) if line.strip()), '...')}"
+
     @property
     def minutes(self) -> float:
         return (time.monotonic() - self.start) / 60
@@ -102,6 +108,7 @@ def run(params: dict, minutes: float, jobs: int) -> None:
 def repro(params: dict, jobs: int) -> None:
     """Trains what is not up to date, each run by a ``dvc repro`` of its own; the tables are left to a last one."""
     subprocess.run([*DVC, "repro", "--quiet", "code", f"data@{params['profile']}"], check=True)
+    check_classes(params)
     status = subprocess.run([*DVC, "status", "--json"], check=True, capture_output=True, text=True)
     stale = {stage.partition("@")[2] for stage in json.loads(status.stdout)}
     # `--single-item`: DVC would not look at `code` again while another run holds it to read
@@ -120,6 +127,7 @@ def side_by_side(params: dict, todo: dict[str, list], jobs: int, minutes: float,
         report: the finished runs as a table, called when one has ended.
     """
     start, total = time.monotonic(), len(todo)
+    looked = start
     deadline = start + 60 * minutes
     waiting, failed = list(todo), []
     running: list[Running] = []
@@ -144,6 +152,10 @@ def side_by_side(params: dict, todo: dict[str, list], jobs: int, minutes: float,
                     one.finish()
                 print(f"stopped; to resume: {', '.join(one.name for one in running)}", flush=True)
                 break
+            if time.monotonic() - looked > NEWS:
+                looked = time.monotonic()
+                for one in running:
+                    print(f"  {one.standing()}", flush=True)
             for one in [one for one in running if one.ended()]:
                 running.remove(one)
                 if one.process.returncode:

@@ -136,19 +136,34 @@ def _dump(params: dict) -> str:
     lines = []
     for key, value in params.items():
         if key in (*NESTED, "runs") and value:
-            lines += [f"{key}:", *(f"  {name}: {_flow(inner)}" for name, inner in value.items())]
+            lines += [f"{key}:", *(f"  {name}: {flow(inner)}" for name, inner in value.items())]
         else:
-            lines.append(f"{key}: {_flow(value)}")
+            lines.append(f"{key}: {flow(value)}")
     return "\n".join(lines) + "\n"
 
 
-def _flow(value: Any) -> str:
+def flow(value: Any) -> str:
     text = yaml.safe_dump(copy.deepcopy(value), default_flow_style=True, sort_keys=False, width=1000)
     return text.removesuffix("...\n").strip()
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def check_classes(params: dict) -> None:
+    """Refuses a packed folder that no classifier can be trained on, and says what can be done with it.
+
+    Raises:
+        ValueError: it has fewer than two classes.
+    """
+    folder, name = packed_folder(params), params["profile"]
+    if len(read_json(Path(folder) / "manifest.json")["classes"]) < 2:
+        arms = " ".join(f"pretrain@{key}" for key in params["runs"])
+        raise ValueError(
+            f"{folder} has no two classes, so there is nothing to fine-tune on. Pre-train alone: `dvc repro {arms}`; "
+            f"encoder, loss and reconstructions are then in results/{name}/runs/"
+        )
 
 
 def check_packed(params: dict) -> None:

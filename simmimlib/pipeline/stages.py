@@ -7,6 +7,7 @@
     python -m simmimlib.pipeline.stages finetune --arm l2 --seed 0
     python -m simmimlib.pipeline.stages probe --arm l2 --seed 0
     python -m simmimlib.pipeline.stages ablations
+    python -m simmimlib.pipeline.stages report cifar10-cpu          # results/cifar10-cpu/report.html, from its tables
     python -m simmimlib.pipeline.stages dry-run imagenet-100ep      # a few steps of a profile on generated images
 
 Needs papermill, neither DVC nor git. The executed notebook lands beside the stage's other files when it has finished;
@@ -30,6 +31,7 @@ from simmimlib.machine.statements import GROUPS, group_statements, notebook_stat
 from simmimlib.pipeline.arms import STAGES, data_parameters, run_folder, stage_parameters, wanted_runs
 from simmimlib.pipeline.execute import run_notebook
 from simmimlib.pipeline.profiles import activate, check_packed, read_params, refresh
+from simmimlib.pipeline.report import write_report
 
 
 def run_stage(stage: str, arm: str, seed: int) -> None:
@@ -72,9 +74,9 @@ def _number_of_this_process() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m simmimlib.pipeline.stages", description=__doc__.split("\n")[0])
-    stages = ["activate", "refresh", "code", "data", *STAGES, "ablations", "dry-run"]
+    stages = ["activate", "refresh", "code", "data", *STAGES, "ablations", "report", "dry-run"]
     parser.add_argument("stage", choices=stages)
-    parser.add_argument("name", nargs="?", default="quick", help="the profile to activate or to try")
+    parser.add_argument("name", nargs="?", help="the profile to activate or to try (quick), to report (the active one)")
     parser.add_argument("--arm", default="default", help="an arm of arms.yaml")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -84,7 +86,7 @@ def main() -> None:
     try:
         match arguments.stage:
             case "activate":
-                activate(arguments.name)
+                activate(arguments.name or "quick")
             case "refresh":
                 refresh()
             case "code":
@@ -92,7 +94,7 @@ def main() -> None:
             case "dry-run":
                 from simmimlib.pipeline.dry_run import dry_run  # imported here: brings torch
 
-                dry_run(arguments.name)
+                dry_run(arguments.name or "quick")
             case "data" | "ablations" if _number_of_this_process() > 0:
                 pass  # the first process does it alone
             case "data":
@@ -101,6 +103,9 @@ def main() -> None:
             case "ablations":
                 folder = Path("results", read_params()["profile"])
                 run_notebook("04_ablations", {"out": str(folder)}, folder)
+                write_report()
+            case "report":
+                print(f"{write_report(arguments.name or '')} is written")
             case stage:
                 run_stage(stage, arguments.arm, arguments.seed)
     except ValueError as error:

@@ -40,8 +40,9 @@ def save_timm(model: nn.Module, folder: str | Path, run: str | Path = "") -> Non
     """Writes a plain timm model: ``timm.create_model("local-dir:" + folder, pretrained=True)`` gives it back.
 
     With ``features_only=True`` it is a backbone for detection or segmentation, of any input size by ``img_size=(H, W)``
-    (a ConvNeXt takes any without; timm resizes relative biases from a square one only: from another, ``export_timm(encoder, image_size=(H, W))``
-    before saving). A ViT of fewer than three blocks needs ``out_indices``, too.
+    (which a ConvNeXt does without; timm resizes relative biases from a square one only: from another,
+    ``export_timm(encoder, image_size=(H, W))`` before saving). A ViT of fewer than three blocks needs ``out_indices``,
+    too.
 
     Args:
         model: from ``export_timm``, fine-tuned or not, or from ``timm.create_model``.

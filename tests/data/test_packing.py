@@ -21,10 +21,10 @@ from simmimlib.data.packed import open_packed
 def break_three_files(image_folder):
     """One that is an image no more, and two that never were; returns their names as messages give them."""
     (image_folder / "train/dark/broken.jpg").write_bytes(b"no image")
-    (image_folder / "val/light/notes.txt").write_text("no image either")
+    (image_folder / "val/light/notes.PNG").write_text("no image either")
     cut = (image_folder / "train/light/0.png").read_bytes()[:200]
     (image_folder / "train/light/0.png").write_bytes(cut)
-    return [str(image_folder / name) for name in ("train/dark/broken.jpg", "train/light/0.png", "val/light/notes.txt")]
+    return [str(image_folder / name) for name in ("train/dark/broken.jpg", "train/light/0.png", "val/light/notes.PNG")]
 
 
 def contents(folder):

@@ -132,3 +132,46 @@ def test_a_linked_folder_has_the_name_of_the_link(tmp_path, image_folder, monkey
     (tmp_path / "data").mkdir()
     (tmp_path / "data/cifar10").symlink_to(image_folder)
     assert sources.find_images(DataSettings(data="cifar10", channels=3)).name == "cifar10"
+
+
+def test_files_without_an_images_extension_are_left_out_and_counted(tmp_path):
+    root = write_images(tmp_path / "images", count=2)
+    (root / "train/dark/0.png").rename(root / "train/dark/0.PNG")
+    for name in ("train/dark/boxes.txt", "train/dark/Thumbs.db", "val/light/README"):
+        (root / name).write_text("no image")
+    source = sources.image_folder(str(root))
+    assert [Path(path).name for path, _ in source.train] == ["0.PNG", "1.png", "0.png", "1.png"]
+    assert len(source.val) == 4
+    assert [Path(path).name for path in source.other_files] == ["Thumbs.db", "boxes.txt", "README"]
+    assert pack_folder(tmp_path, root, size=16)["other_files"] == 3
+    for path in (root / "train").rglob("*.*"):
+        path.rename(path.with_suffix(".text"))
+    with pytest.raises(ValueError, match=r"a folder that holds images; .*nor has a file of another kind: .*\.text"):
+        sources.image_folder(str(root))
+
+
+def test_tiny_imagenets_own_layout(tmp_path):
+    root = tmp_path / "tiny-imagenet-200"
+    for name in ("n01", "n02"):
+        write_images(root / "train", splits=(name,), classes=("images",), count=2)
+        (root / f"train/{name}/{name}_boxes.txt").write_text("0.png\t0\t0\t9\t9\n")
+    write_images(root, splits=("val",), classes=("images",), count=3)
+    write_images(root, splits=("test",), classes=("images",), count=1)
+    (root / "val/val_annotations.txt").write_text("".join(f"{i}.png\tn0{2 - i % 2}\t0\t0\t9\t9\n" for i in range(3)))
+    source = sources.image_folder(str(root))
+    assert source.classes == ["n01", "n02"] and [label for _, label in source.train] == [0, 0, 1, 1]
+    assert [(Path(path).name, label) for path, label in source.val] == [("0.png", 1), ("1.png", 0), ("2.png", 1)]
+    assert len(source.other_files) == 2 and pack_folder(tmp_path, root, size=16)["val"] == 3
+
+    (root / "val/val_annotations.txt").unlink()
+    with pytest.raises(ValueError, match=r"val has classes that .*train lacks: images"):
+        sources.image_folder(str(root))
+
+
+def test_validation_images_need_their_classes(tmp_path):
+    root = write_images(tmp_path / "images", splits=("train",), count=2)
+    write_images(root, splits=("val",), classes=(".",), count=2)
+    with pytest.raises(ValueError, match=r"val has no folder of a class, and .*train has: put its images into"):
+        sources.image_folder(str(root))
+    write_images(root, splits=("val",), classes=("light",), count=2)
+    assert [label for _, label in sources.image_folder(str(root)).val] == [1, 1], "it may lack a class"

@@ -88,6 +88,8 @@ def test_bad_input(call, message):
         ("vit", {"embed_dim": 32.5}, ""),
         ("vit", {"heads": 2}, "unexpected keyword argument 'heads'"),
         ("deit distilled", {"num_heads": 3}, "divisible"),
+        ("beit", {"num_heads": 3}, "multiple of num_heads"),
+        ("swin v2", {"num_heads": (3, 3, 3, 3)}, "multiple of num_heads"),
         ("swin", {"num_heads": 2}, ""),
         ("vit", {"num_heads": 0}, ""),
         ("vit", {"embed_dim": -4}, ""),

@@ -51,6 +51,12 @@ def test_pipeline(project):
     assert {f"figures/pretraining-{name}.png" for name in ("blocks", "loss", "top1", "reconstructions")} < set(shown)
     for figure in shown:
         assert (results / figure).read_bytes().startswith(b"\x89PNG")
+    report = (results / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == len(shown) and "Raw pixels: linear probe" in report
+    (results / "report.html").unlink()
+    assert "results/tiny/report.html is written" in run(*STAGES, "report", cwd=project)
+    assert (results / "report.html").read_text() == report
+    assert "must be there: make repro PROFILE=quick writes it" in run(*STAGES, "report", "quick", cwd=project, ok=False)
     executed = json.loads((results / "runs/default-0/pretrain/02_pretrain.ipynb").read_text())
     assert any(cell.get("outputs") for cell in executed["cells"])
     assert "results/tiny/summary.json" in run("dvc", "metrics", "show", cwd=project)
