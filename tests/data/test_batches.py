@@ -160,7 +160,7 @@ def mixed(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(8):
         for position, name in enumerate(("square", "wide")):
-            (tmp_path / f"noise/{name}/{i}.png").rename(tmp_path / f"images/{2 * i + position}".zfill(2))
+            (tmp_path / f"noise/{name}/{i}.png").rename(tmp_path / f"images/{2 * i + position:02}.png")
     pack_folder(tmp_path, tmp_path / "images", size=24)
     return open_packed(str(tmp_path / "out"))
 
