@@ -36,7 +36,7 @@ NUMBERS = {  # of a stage's metrics: what a reader calls them
     ("probe", "knn"): "k-NN of the frozen output, %",
     ("probe", "knn_best"): "k-NN of the best block, %",
 }
-SOURCE = ("commit", "code", "seed", "device", "precision", "versions", "data_digest", "images_seen", "wall_seconds")
+SOURCE = ("commit", "code", "seed", "device", "precision", "versions", "images_seen", "wall_seconds")
 
 
 @dataclass
@@ -48,7 +48,10 @@ class Origin:
 
     @classmethod
     def read(cls, run: str | Path) -> Self:
-        """Of the folder that pre-training wrote, and of ``finetune`` and ``probe`` beside it; "" is nothing.
+        """Of the folder that pre-training wrote, and of the ``finetune`` and ``probe`` beside it that started there.
+
+        Args:
+            run: that folder; "" is nothing.
 
         Raises:
             ValueError: there is no ``metrics.json``.
@@ -57,9 +60,14 @@ class Origin:
             return cls({}, {})
         folder = Path(run)
         require((folder / "metrics.json").is_file(), "run", str(run), "a folder with a pre-training's metrics.json")
-        folders = {"pretrain": folder, "finetune": folder.parent / "finetune", "probe": folder.parent / "probe"}
-        metrics = {stage: found for stage, path in folders.items() if (found := read_json(path / "metrics.json"))}
-        return cls(metrics, {stage: read_json(folders[stage] / "parameters.json") for stage in metrics})
+        metrics = {"pretrain": read_json(folder / "metrics.json")}
+        given = {"pretrain": read_json(folder / "parameters.json")}
+        started = f"{given['pretrain'].get('pretrain', {}).get('out')}/model.safetensors"
+        for stage in ("finetune", "probe"):
+            found, values = (read_json(folder.parent / stage / f"{file}.json") for file in ("metrics", "parameters"))
+            if found and values.get(stage, {}).get("checkpoint") == started:  # else what lies there is another run's
+                metrics[stage], given[stage] = found, values
+        return cls(metrics, given)
 
     @property
     def preprocessing(self) -> dict[str, Any]:

@@ -250,9 +250,12 @@ def run_folder(folder, statistics="imagenet", data="cifar10"):
     stages = {
         "pretrain": (
             {"images_seen": 640, "val_loss": 0.51234, **origin},
-            {"mask_ratio": 0.6, "data": str(folder / "packed")},
+            {"mask_ratio": 0.6, "data": str(folder / "packed"), "out": "results/a/pretrain"},
         ),
-        "finetune": ({"top1": 53.3, "labelled_images": 5000, **origin}, {"epochs": 20}),
+        "finetune": (
+            {"top1": 53.3, "labelled_images": 5000, **origin},
+            {"epochs": 20, "checkpoint": "results/a/pretrain/model.safetensors"},
+        ),
     }
     for stage, (metrics, values) in stages.items():
         write_json(folder / stage / "metrics.json", metrics)
@@ -267,7 +270,7 @@ def test_the_card_says_data_recipe_numbers_and_commit(tmp_path):
     save_huggingface(encoder, tmp_path / "hf", run)
     for folder, load in (("timm", "timm.create_model("), ("hf", "ViTModel.from_pretrained(")):
         card = (tmp_path / folder / "README.md").read_text()
-        data = ("pre-trained by SimMIM on cifar10", "by mean [0.485, 0.456, 0.406]")
+        data = ("SimMIM, pre-trained on cifar10", "by mean [0.485, 0.456, 0.406]")
         origin = ("commit: 0123456789", "device: a CPU", "seed: 3")
         for said in (load, *data, "`mask_ratio`: 0.6", "| 0.5123 |", "| 53.3 |", "5,000", *origin, "MIT"):
             assert said in card, said
@@ -290,6 +293,10 @@ def test_what_is_not_known_is_not_claimed(tmp_path):
     save_timm(export_timm(encoder), tmp_path / "model", run)
     assert "by mean [0.1] and deviation [0.3]" in (tmp_path / "model" / "README.md").read_text()
     assert timm.create_model(f"local-dir:{tmp_path / 'model'}").pretrained_cfg["mean"] == [0.1]
+    parameters = tmp_path / "run" / "finetune" / "parameters.json"
+    parameters.write_text(parameters.read_text().replace("results/a", "results/b"))  # started from another checkpoint
+    save_timm(export_timm(encoder), tmp_path / "model", run)
+    assert "53.3" not in (tmp_path / "model" / "README.md").read_text()
     with pytest.raises(ValueError, match=r"must be a folder with a pre-training's metrics.json"):
         save_timm(export_timm(encoder), tmp_path / "model", tmp_path)
 
