@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_input_data_config
 from torch import nn
 
 from simmimlib.machine.files import read_json
@@ -95,20 +95,22 @@ def model_card(model: nn.Module, origin: Origin, load: str = LOAD, library: str 
     encoder = model.encoder if isinstance(model, SimMIM) else model
     timm_model: Any = encoder.model if isinstance(encoder, Encoder) else encoder
     name, count = timm_model.pretrained_cfg["architecture"], sum(p.numel() for p in model.parameters())
-    channels, (height, width) = timm_model.patch_embed.proj.in_channels, timm_model.patch_embed.img_size
+    channels, height, width = resolve_input_data_config(timm_model)["input_size"]
     classes = f", with a classifier of {timm_model.num_classes} classes" if timm_model.num_classes else ""
     task = "image-classification" if classes else "image-feature-extraction"
-    metrics = origin.metrics.get("pretrain", {})
-    data = origin.given.get("pretrain", {}).get("data", {}).get("data", "folder")  # of a folder, its name
-    seen = f" on {metrics['data'] if data == 'folder' else data}" if metrics else ""
-    trained = "pre-trained" if metrics.get("images_seen", 1) else "not pre-trained"
+    title, method = name, ""
+    if metrics := origin.metrics.get("pretrain"):
+        data = origin.given["pretrain"].get("data", {}).get("data", "folder")  # of a folder, its name
+        trained = "pre-trained" if metrics.get("images_seen") else "not pre-trained"
+        title = f"SimMIM, {trained} on {metrics['data'] if data == 'folder' else data}"
+        method = "SimMIM (Xie et al., CVPR 2022) predicts the pixels that a mask hides; it uses no label.\n"
     return "\n".join(
         [
             f"---\nlibrary_name: {library}\npipeline_tag: {task}\ntags:\n- simmim\n- masked-image-modeling\n---",
-            f"# SimMIM, {trained}{seen}\n",
-            f"timm's {name}, changed as said below; {count:,} parameters{classes};",
+            f"# {title}\n",
+            f"timm's {name} with changes (`config.json`, or as said below); {count:,} parameters{classes};",
             f"images of {channels} x {height} x {width} (channels, height, width).",
-            "SimMIM (Xie et al., CVPR 2022) predicts the pixels that a mask hides; it uses no label.\n",
+            method,
             f"## Load\n\n```python\n{load}\n```\n",
             f"## Data\n\n{_data(origin)}",
             f"## Recipe\n\n{_recipe(origin)}",
@@ -127,6 +129,8 @@ def _data(origin: Origin) -> str:
     if normalised := origin.preprocessing:
         mean, std = ([round(value, 4) for value in normalised[part]] for part in ("mean", "std"))
         lines.append(f"normalised, pixels from 0 to 1, by mean {mean} and deviation {std}")
+    else:
+        lines.append("normalised by a mean and a deviation that were not found when this was saved")
     lines.append(f"digest of labels and pixels: {origin.metrics['pretrain']['data_digest']}")
     return _list(lines)
 

@@ -284,11 +284,13 @@ def test_what_is_not_known_is_not_claimed(tmp_path):
     encoder = create_encoder("vit_tiny_patch16_224", 64, in_chans=1, **SMALL_VIT)
     save_timm(export_timm(encoder), tmp_path / "model")
     card = (tmp_path / "model" / "README.md").read_text()
-    assert card.count("Not recorded") == 4 and "1 x 64 x 64" in card
+    assert card.count("Not recorded") == 4 and "1 x 64 x 64" in card and "SimMIM" not in card
+    save_timm(timm.create_model("resnet18"), tmp_path / "resnet")  # any model of timm's
+    assert "3 x 224 x 224" in (tmp_path / "resnet" / "README.md").read_text()
     run = run_folder(tmp_path / "run", "dataset", "folder")
     save_timm(export_timm(encoder), tmp_path / "model", run)  # the packed images lie elsewhere
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "on pictures" in card and "normalised, pixels" not in card
+    assert "on pictures" in card and "normalised, pixels" not in card and "that were not found" in card
     write_json(tmp_path / "run" / "packed" / "manifest.json", {"digest": "abc", "mean": [0.1], "std": [0.3]})
     save_timm(export_timm(encoder), tmp_path / "model", run)
     assert "by mean [0.1] and deviation [0.3]" in (tmp_path / "model" / "README.md").read_text()
