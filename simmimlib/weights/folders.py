@@ -76,7 +76,7 @@ def save_huggingface(model: nn.Module, folder: str | Path, run: str | Path = "")
 
     An encoder, or a plain timm model, becomes a ``ViTModel``, ``BeitModel``, ``SwinModel`` or ``Swinv2Model``, whose
     ``last_hidden_state`` is ``forward_features``; a ``SimMIM`` a ``...ForMaskedImageModeling`` with mask token and
-    head. ``load_checkpoint`` reads both.
+    head. ``load_checkpoint`` reads them back, into a timm model or a ``SimMIM``.
 
     Args:
         model: an ``Encoder``, a ``SimMIM``, or a timm model without classifier.
