@@ -23,8 +23,8 @@ class UseSettings(Settings):
 
     def check(self) -> None:
         self.weights = Path(self.checkpoint or TRAINED)
-        allowed = "a model.safetensors of 02_pretrain, or empty"
-        require(self.weights.is_file(), "checkpoint", self.checkpoint, allowed)
+        found = not self.checkpoint or self.weights.is_file()
+        require(found, "checkpoint", self.checkpoint, "a model.safetensors of 02_pretrain, or empty")
         for name in ("images", "neighbours", "labelled_per_class", "epochs", "lr"):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         require(self.seed >= 0, "seed", self.seed, "0 or more")

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_input_data_config
 from torch import nn
 
 from simmimlib.machine.files import read_json
-from simmimlib.model.encoders import Encoder, is_convnext
+from simmimlib.model.encoders import Encoder
 from simmimlib.model.mim import MaskedImageModel
 from simmimlib.settings import require
 from simmimlib.weights.checkpoints import load_model
@@ -41,7 +41,7 @@ NUMBERS = {  # of a stage's metrics: what a reader calls them
     ("probe", "knn"): "k-NN of the frozen output, %",
     ("probe", "knn_best"): "k-NN of the best block, %",
 }
-SOURCE = ("commit", "code", "seed", "device", "precision", "versions", "data_digest", "images_seen", "wall_seconds")
+SOURCE = ("commit", "code", "seed", "device", "precision", "versions", "images_seen", "wall_seconds")
 
 
 @dataclass
@@ -53,7 +53,10 @@ class Origin:
 
     @classmethod
     def read(cls, run: str | Path) -> Self:
-        """Of the folder that pre-training wrote, and of ``finetune`` and ``probe`` beside it; "" is nothing.
+        """Of the folder that pre-training wrote, and of the ``finetune`` and ``probe`` beside it that started there.
+
+        Args:
+            run: that folder; "" is nothing.
 
         Raises:
             ValueError: there is no ``metrics.json``.
@@ -62,9 +65,14 @@ class Origin:
             return cls({}, {})
         folder = Path(run)
         require((folder / "metrics.json").is_file(), "run", str(run), "a folder with a pre-training's metrics.json")
-        folders = {"pretrain": folder, "finetune": folder.parent / "finetune", "probe": folder.parent / "probe"}
-        metrics = {stage: found for stage, path in folders.items() if (found := read_json(path / "metrics.json"))}
-        return cls(metrics, {stage: read_json(folders[stage] / "parameters.json") for stage in metrics})
+        metrics = {"pretrain": read_json(folder / "metrics.json")}
+        given = {"pretrain": read_json(folder / "parameters.json")}
+        started = f"{given['pretrain'].get('pretrain', {}).get('out')}/model.safetensors"
+        for stage in ("finetune", "probe"):
+            found, values = (read_json(folder.parent / stage / f"{file}.json") for file in ("metrics", "parameters"))
+            if found and values.get(stage, {}).get("checkpoint") == started:  # else what lies there is another run's
+                metrics[stage], given[stage] = found, values
+        return cls(metrics, given)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -92,25 +100,23 @@ def model_card(model: nn.Module, origin: Origin, load: str = LOAD, library: str 
     encoder = model.encoder if isinstance(model, MaskedImageModel) else model
     timm_model: Any = encoder.model if isinstance(encoder, Encoder) else encoder
     name, count = timm_model.pretrained_cfg["architecture"], sum(p.numel() for p in model.parameters())
-    if is_convnext(timm_model):
-        channels, size = timm_model.stem[0].in_channels, "height x width"
-    else:
-        channels, size = timm_model.patch_embed.proj.in_channels, " x ".join(map(str, timm_model.patch_embed.img_size))
+    channels, height, width = resolve_input_data_config(timm_model)["input_size"]
     classes = f", with a classifier of {timm_model.num_classes} classes" if timm_model.num_classes else ""
     task = "image-classification" if classes else "image-feature-extraction"
-    metrics = origin.metrics.get("pretrain", {})
-    data = origin.given.get("pretrain", {}).get("data", {}).get("data", "folder")  # of a folder, its name
-    seen = f" on {metrics['data'] if data == 'folder' else data}" if metrics else ""
-    trained = "pre-trained" if metrics.get("images_seen", 1) else "not pre-trained"
-    own = type(model).__name__.lower() if isinstance(model, MaskedImageModel) else "simmim"
-    paper = PAPERS[origin.given.get("pretrain", {}).get("pretrain", {}).get("method", own)]
+    title, method = name, ""
+    if metrics := origin.metrics.get("pretrain"):
+        data = origin.given["pretrain"].get("data", {}).get("data", "folder")  # of a folder, its name
+        trained = "pre-trained" if metrics.get("images_seen") else "not pre-trained"
+        paper = PAPERS[origin.given["pretrain"].get("pretrain", {}).get("method", "simmim")]
+        title = f"{paper.partition(' ')[0]}, {trained} on {metrics['data'] if data == 'folder' else data}"
+        method = f"{paper} predicts the pixels that a mask hides; it uses no label.\n"
     return "\n".join(
         [
             f"---\nlibrary_name: {library}\npipeline_tag: {task}\ntags:\n- simmim\n- masked-image-modeling\n---",
-            f"# {paper.partition(' ')[0]}, {trained}{seen}\n",
-            f"timm's {name}, changed as said below; {count:,} parameters{classes};",
-            f"images of {channels} x {size} (channels, height, width).",
-            f"{paper} predicts the pixels that a mask hides; it uses no label.\n",
+            f"# {title}\n",
+            f"timm's {name} with changes (`config.json`, or as said below); {count:,} parameters{classes};",
+            f"images of {channels} x {height} x {width} (channels, height, width).",
+            method,
             f"## Load\n\n```python\n{load}\n```\n",
             f"## Data\n\n{_data(origin)}",
             f"## Recipe\n\n{_recipe(origin)}",
@@ -129,6 +135,8 @@ def _data(origin: Origin) -> str:
     if normalised := origin.preprocessing:
         mean, std = ([round(value, 4) for value in normalised[part]] for part in ("mean", "std"))
         lines.append(f"normalised, pixels from 0 to 1, by mean {mean} and deviation {std}")
+    else:
+        lines.append("normalised by a mean and a deviation that were not found when this was saved")
     lines.append(f"digest of labels and pixels: {origin.metrics['pretrain']['data_digest']}")
     return _list(lines)
 

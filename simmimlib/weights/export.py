@@ -40,6 +40,9 @@ def export_timm(
     model = timm.create_model(
         name, num_classes=num_classes, global_pool=global_pool, **{**sized, **config, **timm_kwargs}
     )
+    if convolutional:  # what timm notes of the others
+        height, width = (side * encoder.stride for side in encoder.grid_size)
+        model.pretrained_cfg["input_size"] = (config["in_chans"], height, width)  # type: ignore[index, assignment]
     norm: Any = getattr(model, "norm", None)
     if not final_norm:
         model.norm = nn.Identity()

@@ -27,7 +27,7 @@ backbone = timm.create_model("local-dir:<this folder>", pretrained=True, feature
 LOAD_TRANSFORMERS = """\
 from transformers import {name}
 
-model = {name}.from_pretrained("<this folder>")
+model = {name}.from_pretrained("<this folder>"{without_pooler})
 features = model(images).last_hidden_state  # images: [B, C, H, W], normalised"""
 LOAD_MASKED = """\
 from transformers import {name}
@@ -78,7 +78,7 @@ def save_huggingface(model: nn.Module, folder: str | Path, run: str | Path = "")
 
     An encoder, or a plain timm model, becomes a ``ViTModel``, ``BeitModel``, ``SwinModel`` or ``Swinv2Model``, whose
     ``last_hidden_state`` is ``forward_features``; a ``SimMIM`` a ``...ForMaskedImageModeling`` with mask token and
-    head. ``load_checkpoint`` reads both.
+    head. ``load_checkpoint`` reads them back, into a timm model or a ``SimMIM``.
 
     Args:
         model: an ``Encoder``, a ``SimMIM``, or a timm model without classifier.
@@ -91,7 +91,9 @@ def save_huggingface(model: nn.Module, folder: str | Path, run: str | Path = "")
     origin = Origin.read(run)
     config, state = to_huggingface(model)
     load = LOAD_MASKED if isinstance(model, SimMIM) else LOAD_TRANSFORMERS
-    load = load.format(name=config["architectures"][0])
+    # a ViT of transformers has a layer on its class token, which nothing here has trained
+    without_pooler = ", add_pooling_layer=False" if config["model_type"] in ("vit", "beit") else ""
+    load = load.format(name=config["architectures"][0], without_pooler=without_pooler)
     with _whole_folder(folder) as temporary:
         save_file(state, temporary / "model.safetensors", {"format": "pt"})
         write_json(temporary / "config.json", config)

@@ -257,9 +257,12 @@ def run_folder(folder, statistics="imagenet", data="cifar10"):
     stages = {
         "pretrain": (
             {"images_seen": 640, "val_loss": 0.51234, **origin},
-            {"mask_ratio": 0.6, "data": str(folder / "packed")},
+            {"mask_ratio": 0.6, "data": str(folder / "packed"), "out": "results/a/pretrain"},
         ),
-        "finetune": ({"top1": 53.3, "labelled_images": 5000, **origin}, {"epochs": 20}),
+        "finetune": (
+            {"top1": 53.3, "labelled_images": 5000, **origin},
+            {"epochs": 20, "checkpoint": "results/a/pretrain/model.safetensors"},
+        ),
     }
     for stage, (metrics, values) in stages.items():
         write_json(folder / stage / "metrics.json", metrics)
@@ -288,15 +291,21 @@ def test_what_is_not_known_is_not_claimed(tmp_path):
     encoder = create_encoder("vit_tiny_patch16_224", 64, in_chans=1, **SMALL_VIT)
     save_timm(export_timm(encoder), tmp_path / "model")
     card = (tmp_path / "model" / "README.md").read_text()
-    assert card.count("Not recorded") == 4 and "1 x 64 x 64" in card
+    assert card.count("Not recorded") == 4 and "1 x 64 x 64" in card and "SimMIM" not in card
+    save_timm(timm.create_model("resnet18"), tmp_path / "resnet")  # any model of timm's
+    assert "3 x 224 x 224" in (tmp_path / "resnet" / "README.md").read_text()
     run = run_folder(tmp_path / "run", "dataset", "folder")
     save_timm(export_timm(encoder), tmp_path / "model", run)  # the packed images lie elsewhere
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "on pictures" in card and "normalised, pixels" not in card
+    assert "on pictures" in card and "normalised, pixels" not in card and "that were not found" in card
     write_json(tmp_path / "run" / "packed" / "manifest.json", {"digest": "abc", "mean": [0.1], "std": [0.3]})
     save_timm(export_timm(encoder), tmp_path / "model", run)
     assert "by mean [0.1] and deviation [0.3]" in (tmp_path / "model" / "README.md").read_text()
     assert timm.create_model(f"local-dir:{tmp_path / 'model'}").pretrained_cfg["mean"] == [0.1]
+    parameters = tmp_path / "run" / "finetune" / "parameters.json"
+    parameters.write_text(parameters.read_text().replace("results/a", "results/b"))  # started from another checkpoint
+    save_timm(export_timm(encoder), tmp_path / "model", run)
+    assert "53.3" not in (tmp_path / "model" / "README.md").read_text()
     with pytest.raises(ValueError, match=r"must be a folder with a pre-training's metrics.json"):
         save_timm(export_timm(encoder), tmp_path / "model", tmp_path)
 
