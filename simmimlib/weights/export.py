@@ -42,7 +42,8 @@ def export_timm(
     )
     if convolutional:  # what timm notes of the others
         height, width = (side * encoder.stride for side in encoder.grid_size)
-        model.pretrained_cfg["input_size"] = (config["in_chans"], height, width)  # type: ignore[index, assignment]
+        noted: Any = model.pretrained_cfg
+        noted["input_size"] = (config["in_chans"], height, width)
     norm: Any = getattr(model, "norm", None)
     if not final_norm:
         model.norm = nn.Identity()

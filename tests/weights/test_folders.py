@@ -339,3 +339,13 @@ def test_saving_for_transformers_twice_gives_the_same_bytes(tmp_path):
         save_huggingface(model, tmp_path / name)
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two and "decoder.0.weight" in load_file(tmp_path / "one" / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["convnext v2", "vit"])
+def test_the_size_of_the_images_is_noted(name, tmp_path):
+    """Where a model takes images of any size, too."""
+    timm_name, _, kwargs, _ = BACKBONES[name]
+    save_timm(export_timm(create_encoder(timm_name, (64, 96), 1, **kwargs)), tmp_path / "model")
+    again = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    assert tuple(again.pretrained_cfg["input_size"]) == (1, 64, 96)
+    assert "images of 1 x 64 x 96 (channels, height, width)" in (tmp_path / "model/README.md").read_text()
