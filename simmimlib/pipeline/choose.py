@@ -113,7 +113,7 @@ def best_masks(image_size: int, patch_size: int) -> tuple[int, float, float]:
             continue
         for ratio in (0.4, 0.5, 0.6, 0.7):
             masks = MaskGenerator(image_size, mask_patch, patch_size, ratio)
-            share = avg_dist(masks(64, torch.Generator().manual_seed(0)), patch_size).mean().item() / image_size
+            share = avg_dist(masks(16, torch.Generator().manual_seed(0)), patch_size).mean().item() / image_size
             found.append((abs(share - BEST_AVG_DIST), mask_patch, ratio, share))
     _, mask_patch, ratio, share = min(found)
     return mask_patch, ratio, share
