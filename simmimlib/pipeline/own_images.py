@@ -280,6 +280,7 @@ def main() -> None:
         require(given.name, "name", given.name, f"that of the profile to write: {how}")
         require(given.images, "images", given.images, f"a folder of images: {how}")
         settings = OwnImagesSettings(given.name, images, given.minutes)
+        print(f"looking at {images}", flush=True)
         found = look(images)
         print("\n".join(found.lines()), flush=True)
         choice = propose(settings, found)
