@@ -11,7 +11,7 @@ CAPTIONS = {  # last word of a picture's name -> what it shows
     "blocks": "Probes of the frozen encoder by block; means over seeds, shading the range. Dashed: raw pixels.",
     "loss": "Pre-training loss, each arm divided by its first epoch; means over seeds, shading the range.",
     "top1": "Validation accuracy of fine-tuning; means over seeds, shading the range.",
-    "reconstructions": "The same validation images under the default's masks; what is predicted fills the hidden pixels.",
+    "reconstructions": "The same validation images under the default's masks; predictions fill the hidden pixels.",
 }
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
