@@ -31,7 +31,8 @@ def to_html(markdown: str, folder: str | Path, title: str) -> str:
     import nbformat  # imported here, as nbconvert: only reports need them
     from nbconvert import HTMLExporter
 
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(with_captions(markdown))])
+    cell = nbformat.v4.new_markdown_cell(with_captions(markdown), id="report")  # else a random one
+    notebook = nbformat.v4.new_notebook(cells=[cell])
     exporter = HTMLExporter(template_name="basic", embed_images=True)
     body, _ = exporter.from_notebook_node(notebook, {"metadata": {"path": str(folder), "name": title}})
     head = f'<meta charset="utf-8">\n<title>{escape(title)}</title>\n<style>{STYLE}</style>'
