@@ -25,7 +25,7 @@ from simmimlib.train.classifiers import fit_linear
 from simmimlib.train.settings import PretrainSettings
 
 FEW = 4  # images of a first bare step: those of a whole batch may take minutes
-FITTED_CLASSES = 25  # of the raw pixels' probe
+FITTED_CLASSES = 100  # of the raw pixels' probe
 LONG = 5.0  # seconds of a step that is not taken to know better
 
 
