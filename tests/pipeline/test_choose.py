@@ -140,6 +140,12 @@ def test_rates_are_those_of_cifar10_cpu():
         ({"each": 100}, (10**6, 10**5), "1000 training images are few"),
         ({}, (20_000, 10_000), "steps of pre-training are few"),
         ({}, (100_000, 10_000), "published gains of nine points"),
+        (
+            {"val": 10},
+            (10**6, 10**5),
+            "100 validation images tell little: the standard error of an accuracy is up to 5",
+        ),
+        ({"val": 0, "each": 9}, (10**6, 10**5), "10 validation images tell little"),
         ({"duplicates": [("val/a.png", "train/a.png")]}, (10**6, 10**5), "byte for byte (val/a.png is train/a.png)"),
         ({"unreadable": ["a.png: broken"]}, (10**6, 10**5), "or set `corrupt: skip` (a.png: broken)"),
         ({"size": (300, 100)}, (10**6, 10**5), "validation sees the square in their middle only"),
