@@ -31,6 +31,7 @@ from filelock import FileLock
 from simmimlib.machine.files import project_root, read_json, write_csv, write_text
 from simmimlib.machine.signals import stop_signals
 from simmimlib.pipeline.arms import STAGES, packed_folder, run_folder, stage_parameters, wanted_runs
+from simmimlib.pipeline.budget import makespan
 from simmimlib.pipeline.profiles import check_classes, check_packed, read_params
 from simmimlib.report.runs import load_runs
 
@@ -131,17 +132,20 @@ def side_by_side(params: dict, todo: dict[str, list], jobs: int, minutes: float,
     deadline = start + 60 * minutes
     waiting, failed = list(todo), []
     running: list[Running] = []
-    longest: dict[bool, float] = {}
+    longest: dict[bool, float] = {}  # minutes
+
+    def trained(key: str) -> bool:
+        """Whether a run is pre-trained: those that are not are short."""
+        one = params["runs"][key]
+        return stage_parameters(params, "pretrain", one["arm"], one["seed"])["epochs"] > 0
+
     with stop_signals() as stopped:
         while waiting or running:
             left = 0 if stopped else (deadline - time.monotonic()) / 60
             while waiting and len(running) < jobs and not stopped:
-                one = params["runs"][waiting[0]]
-                # runs without pre-training are short
-                trained = stage_parameters(params, "pretrain", one["arm"], one["seed"])["epochs"] > 0
-                if longest.get(trained, 0) >= left:
+                if longest.get(trained(waiting[0]), 0) >= left:
                     break
-                running.append(Running(waiting[0], trained, todo[waiting.pop(0)]))
+                running.append(Running(waiting[0], trained(waiting[0]), todo[waiting.pop(0)]))
             if not running:
                 break
             time.sleep(0.2)
@@ -164,19 +168,31 @@ def side_by_side(params: dict, todo: dict[str, list], jobs: int, minutes: float,
                     continue
                 longest[one.trained] = max(longest.get(one.trained, 0), one.minutes)
                 ended = total - len(waiting) - len(running)
-                print(f"run {ended} of {total}: {outcome(one, report(), ended, total, start)}", flush=True)
+                rest = minutes_left(running, [trained(key) for key in waiting], longest, jobs)
+                print(f"run {ended} of {total}: {outcome(one, report())}; about {rest:.0f} min left", flush=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
     if stopped:
         sys.exit(f"stopped by {stopped[0]}")
 
 
-def outcome(one: Running, runs: pd.DataFrame, ended: int, total: int, start: float) -> str:
-    """Of a finished run: its accuracy, how long it took, and how long the others will."""
+def minutes_left(running: list[Running], waiting: list[bool], longest: dict[bool, float], jobs: int) -> float:
+    """Until all have ended, if none takes longer than the longest of its kind so far (of any, while its has none).
+
+    Args:
+        waiting: of each run that is not started, whether it is pre-trained.
+        longest: minutes of the longest finished run that is pre-trained, and of the longest that is not.
+    """
+    expected = [longest.get(kind, max(longest.values())) for kind in (*(one.trained for one in running), *waiting)]
+    elapsed = [one.minutes for one in running] + [0.0] * len(waiting)
+    return makespan([max(0.0, whole - gone) for whole, gone in zip(expected, elapsed, strict=True)], jobs)
+
+
+def outcome(one: Running, runs: pd.DataFrame) -> str:
+    """Of a finished run: its accuracy, and how long it took."""
     top1 = runs.loc[runs["key"] == one.name, "top1"]
     said = f"top-1 {top1.iloc[0]:.1f}" if len(top1) else "not in the tables, see below"
-    left = (time.monotonic() - start) / ended * (total - ended) / 60
-    return f"{one.name}, {said}, {one.minutes:.1f} min; about {left:.0f} min left"
+    return f"{one.name}, {said}, {one.minutes:.1f} min"
 
 
 def by_key(params: dict) -> dict[str, dict]:

@@ -14,6 +14,7 @@ from simmimlib.pipeline.budget import EVALUATIONS, Runs
 from simmimlib.pipeline.look import Look
 
 SEEDS = 3
+FEW_VALIDATED = 200  # images: a standard error of 3.5 points
 VALIDATION = 2000  # images: one standard error of a top-1 of 50 % is then 1.1 points
 PROBED = 500  # labelled images of the probes; with raw pixels they take longer than a short run
 EPOCHS = 800  # the paper's longest pre-training
@@ -95,6 +96,15 @@ class Choice:
         limit = data.get("train_per_class", 0) or self.look.counts.max()
         return np.minimum(self.look.counts - data.get("holdout_per_class", 0), limit)
 
+    @property
+    def validated(self) -> int:
+        """Validation images, as packed."""
+        data, classes = self.values["data"], max(1, len(self.look.source.classes))
+        if held := data.get("holdout_per_class", 0):
+            return held * classes
+        counts = np.bincount([max(label, 0) for _, label in self.look.source.val])
+        return int(np.minimum(counts, data.get("val_per_class", 0) or counts.max()).sum())
+
 
 def rungs(look: Look) -> Iterator[Rung]:
     """For images of these sizes, the largest first."""
@@ -113,7 +123,7 @@ def best_masks(image_size: int, patch_size: int) -> tuple[int, float, float]:
             continue
         for ratio in (0.4, 0.5, 0.6, 0.7):
             masks = MaskGenerator(image_size, mask_patch, patch_size, ratio)
-            share = avg_dist(masks(64, torch.Generator().manual_seed(0)), patch_size).mean().item() / image_size
+            share = avg_dist(masks(16, torch.Generator().manual_seed(0)), patch_size).mean().item() / image_size
             found.append((abs(share - BEST_AVG_DIST), mask_patch, ratio, share))
     _, mask_patch, ratio, share = min(found)
     return mask_patch, ratio, share
@@ -232,6 +242,11 @@ def warn(choice: Choice) -> None:
         say(
             f"{count} training images are few: the smallest set on which this project saw pre-training help has "
             f"{FEWEST_IMAGES} (quick). Expect little or nothing from these alone"
+        )
+    if look.labelled and choice.validated < FEW_VALIDATED:
+        say(
+            f"{choice.validated} validation images tell little: the standard error of an accuracy is up to "
+            f"{50 / choice.validated**0.5:.0f} points; put more into val/<class>/"
         )
     if steps < HELPED_STEPS:
         say(

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,21 +245,17 @@ def next_steps(name: str, labelled: bool) -> list[str]:
     if labelled:
         return [f"`make repro PROFILE={name}` runs it: the default against from scratch, results/{name}/ablations.md."]
     return [
-        "Without two classes there is nothing to fine-tune on, so it is pre-trained alone, with .venv active: "
-        f"`python -m simmimlib.pipeline.stages activate {name}`, then `dvc repro pretrain@{name}-default-0`. Encoder, "
-        f"loss and reconstructions are then in results/{name}/runs/default-0/pretrain/. For an accuracy sort some "
-        "images into train/<class>/ and val/<class>/."
+        "Without two classes there is nothing to fine-tune on. It is pre-trained alone, with .venv active:",
+        f"    python -m simmimlib.pipeline.stages activate {name}",
+        f"    dvc repro pretrain@{name}-default-0",
+        f"Encoder, loss and reconstructions are then in results/{name}/runs/default-0/pretrain/. For an accuracy sort "
+        "some images into train/<class>/ and val/<class>/.",
     ]
 
 
 def wrapped(text: str) -> list[str]:
     """As comment lines."""
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + len(word) + 3 > WIDTH - 2:
-            lines.append("")
-        lines[-1] += f" {word}"
-    return [f"#{line}" for line in lines]
+    return textwrap.wrap(text, WIDTH - 2, initial_indent="# ", subsequent_indent="# ", break_long_words=False)
 
 
 def write_profile(choice: Choice, settings: OwnImagesSettings) -> Path:
@@ -280,6 +277,7 @@ def main() -> None:
         require(given.name, "name", given.name, f"that of the profile to write: {how}")
         require(given.images, "images", given.images, f"a folder of images: {how}")
         settings = OwnImagesSettings(given.name, images, given.minutes)
+        print(f"looking at {images}", flush=True)
         found = look(images)
         print("\n".join(found.lines()), flush=True)
         choice = propose(settings, found)

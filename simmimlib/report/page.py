@@ -11,7 +11,7 @@ CAPTIONS = {  # last word of a picture's name -> what it shows
     "blocks": "Probes of the frozen encoder by block; means over seeds, shading the range. Dashed: raw pixels.",
     "loss": "Pre-training loss, each arm divided by its first epoch; means over seeds, shading the range.",
     "top1": "Validation accuracy of fine-tuning; means over seeds, shading the range.",
-    "reconstructions": "The same validation images under the default's masks; predictions beside the visible pixels.",
+    "reconstructions": "The same validation images under the default's masks; predictions fill the hidden pixels.",
 }
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
@@ -31,7 +31,8 @@ def to_html(markdown: str, folder: str | Path, title: str) -> str:
     import nbformat  # imported here, as nbconvert: only reports need them
     from nbconvert import HTMLExporter
 
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(with_captions(markdown))])
+    cell = nbformat.v4.new_markdown_cell(with_captions(markdown), id="report")  # else a random one
+    notebook = nbformat.v4.new_notebook(cells=[cell])
     exporter = HTMLExporter(template_name="basic", embed_images=True)
     body, _ = exporter.from_notebook_node(notebook, {"metadata": {"path": str(folder), "name": title}})
     head = f'<meta charset="utf-8">\n<title>{escape(title)}</title>\n<style>{STYLE}</style>'

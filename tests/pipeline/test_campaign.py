@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from project import CAMPAIGN, copy_project, environment, write_profile
 
 from simmimlib.pipeline import campaign, cluster
-from simmimlib.pipeline.campaign import Running, by_key, commands
+from simmimlib.pipeline.campaign import Running, by_key, commands, minutes_left
 from simmimlib.pipeline.cluster import RunJob
 from simmimlib.pipeline.profiles import activate, read_params
 
@@ -144,3 +145,11 @@ def test_a_run_under_way_says_where_it_stands(tmp_path, monkeypatch):
     assert one.standing() == f"mine-default-0, 0.0 min: {said}"
     one.log.write_text("")
     assert one.standing() == "mine-default-0, 0.0 min: ..."
+
+
+def test_time_left_knows_that_runs_without_pretraining_are_short():
+    running = [SimpleNamespace(trained=True, minutes=8.0), SimpleNamespace(trained=False, minutes=1.0)]
+    assert minutes_left(running, [], {True: 10.0, False: 3.0}, 2) == 2
+    assert minutes_left(running, [True, False, False], {True: 10.0, False: 3.0}, 2) == 12
+    assert minutes_left(running[:1], [False], {True: 10.0}, 1) == 12, "of a kind that is not known yet, the other's"
+    assert minutes_left(running[:1], [], {True: 5.0}, 1) == 0

@@ -76,7 +76,7 @@ def test_at_192_pixels_the_masks_are_the_papers():
         seen(kind="grey", size=(8, 8)),
         seen(kind="RGBA"),
         seen(kind="array of 7", size=(300, 40)),
-        seen(classes=2, each=100_000, size=(500, 375)),
+        seen(classes=2, each=10_000, size=(500, 375)),
     ],
     ids=lambda look: f"{len(look.source.train)} of {len(look.source.classes)}",
 )
@@ -115,8 +115,8 @@ def test_what_fits():
     assert values["finetune"]["epochs"] == 20
     values = chosen(seen(each=500), images=(10**7, 10**7)).values
     assert values["pretrain"]["epochs"] == 800 and values["finetune"]["labelled_images"] == 0
-    values = chosen(seen(each=500_000), images=(1_000_000, 20_000)).values
-    assert values["pretrain"]["epochs"] == 1 and values["data"]["train_per_class"] == 100_000
+    values = chosen(seen(each=5_000), images=(10_000, 20_000)).values
+    assert values["pretrain"]["epochs"] == 1 and values["data"]["train_per_class"] == 1000
 
 
 def test_a_rare_class_leaves_no_labels_out():
@@ -140,6 +140,12 @@ def test_rates_are_those_of_cifar10_cpu():
         ({"each": 100}, (10**6, 10**5), "1000 training images are few"),
         ({}, (20_000, 10_000), "steps of pre-training are few"),
         ({}, (100_000, 10_000), "published gains of nine points"),
+        (
+            {"val": 10},
+            (10**6, 10**5),
+            "100 validation images tell little: the standard error of",
+        ),
+        ({"val": 0, "each": 9}, (10**6, 10**5), "10 validation images tell little"),
         ({"duplicates": [("val/a.png", "train/a.png")]}, (10**6, 10**5), "byte for byte (val/a.png is train/a.png)"),
         ({"unreadable": ["a.png: broken"]}, (10**6, 10**5), "or set `corrupt: skip` (a.png: broken)"),
         ({"size": (300, 100)}, (10**6, 10**5), "validation sees the square in their middle only"),

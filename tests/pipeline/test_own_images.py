@@ -61,7 +61,7 @@ def test_without_classes_it_is_pretrained_alone(tmp_path, project, capsys):
     root = write_images(tmp_path / "images", splits=(".",), classes=(".",), count=200)
     project("flat", "--images", root, "--minutes", 10)
     said = capsys.readouterr().out
-    assert "`dvc repro pretrain@flat-default-0`" in said and "train/<class>/" in said
+    assert "dvc repro pretrain@flat-default-0" in said and "train/<class>/" in said
     params = load_profile("flat")
     assert list(params["runs"]) == ["flat-default-0"] and params["data"]["holdout_per_class"] == 40
 
