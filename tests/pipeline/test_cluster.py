@@ -54,7 +54,7 @@ def slurm_says(*command) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def wait(condition, seconds=300):
+def wait(condition, seconds=1200):
     """Until it holds, with whose value it returns."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
