@@ -102,6 +102,7 @@ def run(params: dict, minutes: float, jobs: int) -> None:
     """As many runs as fit; each is recorded in ``runs.csv`` when it has finished."""
     done = set(record(params).get("key", []))
     todo = {key: commands(params, wanted) for key, wanted in by_key(params).items() if key not in done}
+    todo = {key: left for key, left in todo.items() if left}  # another campaign may have finished one meanwhile
     print(f"{len(done)} runs are recorded, {len(todo)} are to do, {jobs} at a time", flush=True)
     side_by_side(params, todo, jobs, minutes, lambda: record(params))
 
@@ -204,17 +205,18 @@ def commands(params: dict, wanted: dict) -> list[list[str]]:
     """The stages that a run lacks, as commands; all from the first that is not finished with what ``wanted`` holds."""
     arm, seed, given = wanted["arm"], wanted["seed"], wanted["stages"]
     folder, stages = run_folder(params, arm, seed), list(STAGES)
-    while stages and is_finished(folder / stages[0], {"data": given["data"], stages[0]: given[stages[0]]}):
+    digest = read_json(Path(packed_folder(params), "manifest.json")).get("digest")
+    while stages and is_finished(folder / stages[0], {"data": given["data"], stages[0]: given[stages[0]]}, digest):
         del stages[0]
     for stage in stages:  # what is there comes from an earlier training
         (folder / stage / "metrics.json").unlink(missing_ok=True)
     return [[*STAGE, stage, "--arm", arm, "--seed", str(seed)] for stage in stages]
 
 
-def is_finished(folder: Path, given: dict) -> bool:
-    """Whether a stage was given these parameters and came to its end: its notebook is written last."""
-    there = (folder / "metrics.json").is_file() and (folder / f"{STAGES[folder.name]}.ipynb").is_file()
-    return there and read_json(folder / "parameters.json") == given
+def is_finished(folder: Path, given: dict, digest: str | None) -> bool:
+    """Whether a stage saw these images, was given these values and came to its end: its notebook is written last."""
+    seen, ended = read_json(folder / "metrics.json").get("data_digest"), folder / f"{STAGES[folder.name]}.ipynb"
+    return seen == digest and read_json(folder / "parameters.json") == given and ended.is_file()
 
 
 def finished(params: dict) -> tuple[pd.DataFrame, list[str]]:

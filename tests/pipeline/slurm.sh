@@ -7,7 +7,7 @@ export SLURM_CONF=$folder/slurm.conf
 
 if [ "$1" = stop ]; then
     scancel --user "$(id -un)" || true
-    sleep 1 # what was running gets its signal from the daemons that end now
+    for _ in $(seq 300); do [ -n "$(squeue --noheader)" ] || break; sleep 0.1; done # they have 10 s, see KillWait
     for pid in "$folder"/{slurmd-node1,slurmd-node2,slurmctld,munged}.pid; do
         [ ! -e "$pid" ] || kill "$(cat "$pid")" || true
     done

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,14 +26,21 @@ def project(tmp_path, monkeypatch):
     write_profile(root, profile | {"model": {}, "pretrain": {"epochs": 2}, "finetune": {"epochs": 2}})
     monkeypatch.chdir(root)
     activate("tiny")
+    pack("ours")
     return root
+
+
+def pack(digest):
+    folder = Path("data/packed/tiny")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").write_text(json.dumps({"digest": digest}))
 
 
 def finish_stage(root, stage, given):
     """As `run_notebook` leaves it."""
     folder = root / f"results/tiny/runs/default-0/{stage}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text("{}")
+    (folder / "metrics.json").write_text('{"data_digest": "ours"}')
     (folder / "parameters.json").write_text(json.dumps({"data": given["data"], stage: given[stage]}))
     (folder / f"{campaign.STAGES[stage]}.ipynb").write_text("{}")
     return folder
@@ -50,6 +58,13 @@ def test_a_run_goes_on_with_the_stage_that_it_lacks(project):
     assert stages_of(params, wanted) == ["finetune", "probe"]
     finish_stage(project, "finetune", wanted["stages"])
     probed = finish_stage(project, "probe", wanted["stages"])
+    assert stages_of(params, wanted) == []
+    pack("other images")
+    assert stages_of(params, wanted) == ["pretrain", "finetune", "probe"]
+
+    pack("ours")
+    for stage in ("pretrain", "finetune", "probe"):
+        finish_stage(project, stage, wanted["stages"])
     assert stages_of(params, wanted) == []
 
     # what follows on a training that has to be repeated is repeated, also if the repetition is interrupted
