@@ -14,10 +14,8 @@ on a GPU one.
 """
 
 import argparse
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -25,77 +23,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
-import psutil
-from filelock import FileLock
 
-from simmimlib.machine.files import project_root, read_json, write_csv, write_text
+from simmimlib.machine.files import project_root, write_text
 from simmimlib.machine.signals import stop_signals
-from simmimlib.pipeline.arms import STAGES, packed_folder, run_folder, stage_parameters, wanted_runs
+from simmimlib.pipeline.arms import STAGES, packed_folder, stage_parameters
 from simmimlib.pipeline.budget import makespan
 from simmimlib.pipeline.profiles import check_classes, check_packed, read_params
-from simmimlib.report.runs import load_runs
+from simmimlib.pipeline.running import STAGE, Running, by_key, commands, finished, record
 
-PATIENCE = 60  # seconds that a run has for saving
 NEWS = 60  # seconds between two looks at the runs that are under way
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
-STAGE = [sys.executable, "-m", "simmimlib.pipeline.stages"]
-
-
-class Running:
-    """One run of the profile: its commands, one after the other, each in a process group of its own."""
-
-    def __init__(self, name: str, trained: bool, commands: list[list[str]]):
-        self.name, self.trained, self.start = name, trained, time.monotonic()
-        self.commands = list(commands)
-        self.log = Path(f".scratch/{name}.log")
-        self.log.parent.mkdir(exist_ok=True)
-        self.log.unlink(missing_ok=True)
-        self.next_command()
-
-    def next_command(self) -> None:
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.commands.pop(0),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                # Slurm says by it that a job's time is nearly over, to every process; whoever started this one stops it
-                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
-            )
-
-    def ended(self) -> bool:
-        """True when nothing of it is left to do or one of its commands failed."""
-        if self.process.poll() is None:
-            return False
-        if self.process.returncode == 0 and self.commands:
-            self.next_command()
-            return False
-        return True
-
-    def stop(self) -> None:
-        """What Ctrl-C does to a command in a terminal: a training saves, and ends."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGINT)
-
-    def finish(self) -> None:
-        """Waits for a run that was asked to stop; one that does not (its notebook was just starting) is killed."""
-        try:
-            self.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended just now
-                for process in psutil.Process(self.process.pid).children(recursive=True):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        process.kill()
-            self.process.kill()
-
-    def standing(self) -> str:
-        """Where it stands: the last line of its log, of a training its epoch, loss or accuracy, and seconds left."""
-        lines = self.log.read_text(errors="replace").split("\n")
-        return f"{self.name}, {self.minutes:.1f} min: {next((line for line in reversed(lines) if line.strip()), '...')}"
-
-    @property
-    def minutes(self) -> float:
-        return (time.monotonic() - self.start) / 60
 
 
 def run(params: dict, minutes: float, jobs: int) -> None:
@@ -196,68 +133,24 @@ def outcome(one: Running, runs: pd.DataFrame) -> str:
     return f"{one.name}, {said}, {one.minutes:.1f} min"
 
 
-def by_key(params: dict) -> dict[str, dict]:
-    """``wanted_runs`` by their keys."""
-    return dict(zip(params["runs"], wanted_runs(params), strict=True))
-
-
-def commands(params: dict, wanted: dict) -> list[list[str]]:
-    """The stages that a run lacks, as commands; all from the first that is not finished with what ``wanted`` holds."""
-    arm, seed, given = wanted["arm"], wanted["seed"], wanted["stages"]
-    folder, stages = run_folder(params, arm, seed), list(STAGES)
-    digest = read_json(Path(packed_folder(params), "manifest.json")).get("digest")
-    while stages and is_finished(folder / stages[0], {"data": given["data"], stages[0]: given[stages[0]]}, digest):
-        del stages[0]
-    for stage in stages:  # what is there comes from an earlier training
-        (folder / stage / "metrics.json").unlink(missing_ok=True)
-    return [[*STAGE, stage, "--arm", arm, "--seed", str(seed)] for stage in stages]
-
-
-def is_finished(folder: Path, given: dict, digest: str | None) -> bool:
-    """Whether a stage saw these images, was given these values and came to its end: its notebook is written last."""
-    seen, ended = read_json(folder / "metrics.json").get("data_digest"), folder / f"{STAGES[folder.name]}.ipynb"
-    return seen == digest and read_json(folder / "parameters.json") == given and ended.is_file()
-
-
-def finished(params: dict) -> tuple[pd.DataFrame, list[str]]:
-    """The finished runs with their ``key`` in the profile, and a line for each that cannot be taken."""
-    runs, left_out = load_runs(Path("results", params["profile"]), wanted_runs(params))
-    if not runs.empty:
-        runs.insert(0, "key", params["profile"] + "-" + runs["arm"] + "-" + runs["seed"].astype(str))
-    return runs, left_out
-
-
-def record(params: dict) -> pd.DataFrame:
-    """Writes ``runs.csv`` as it stands, if there is a finished run; returns its runs with their ``key``.
-
-    One process at a time, wherever it runs: what the last one writes holds the runs of all.
-    """
-    Path(".scratch").mkdir(exist_ok=True)
-    with FileLock(f".scratch/{params['profile']}-runs.csv.lock"):
-        runs, left_out = finished(params)
-        if not runs.empty:
-            write_csv(Path("results", params["profile"], "runs.csv"), runs.drop(columns="key"))
-    for line in left_out:
-        print(line, flush=True)
-    return runs
-
-
 def plan(params: dict) -> None:
     """Times one epoch of each arm's stages on this device; prints the plan and writes results/<profile>/plan.md."""
     from simmimlib.pipeline.stages import run_loop  # imported here: brings torch
 
-    cost: dict[str, float] = {}
+    cost: dict[str, float] = {}  # minutes of an arm's pre-training, of an encoder's fine-tuning
+    tuned: dict[str, str] = {}  # arm -> its encoder
     for arm in dict.fromkeys(one["arm"] for one in params["runs"].values()):
         cost[arm] = 0.0
         for stage in ("pretrain", "finetune"):
             values = stage_parameters(params, stage, arm, 0)
-            if not values["epochs"] or (stage == "finetune" and "finetune" in cost):
-                continue  # every arm is fine-tuned alike: it is timed once
+            tuned[arm] = f"{values['encoder']} {values['encoder_kwargs']}"
+            name = tuned[arm] if stage == "finetune" else arm
+            if not values["epochs"] or (stage == "finetune" and name in cost):
+                continue  # arms of one encoder are fine-tuned alike: that is timed once
             short = {"epochs": 1, "warmup_epochs": 0, "out": f".scratch/plan/{arm}/{stage}"}
             short |= {"checkpoint": ""} if stage == "finetune" else {}
             timed = run_loop(stage, values | short)
-            minutes = values["epochs"] * timed["wall_seconds"] / 60
-            cost |= {"finetune": minutes} if stage == "finetune" else {arm: minutes}
+            cost[name] = values["epochs"] * timed["wall_seconds"] / 60
     lines = [
         f"# Plan of {params['profile']}",
         "",
@@ -268,8 +161,9 @@ def plan(params: dict) -> None:
     lines += ["|---|---|---|---|"]
     total = 0.0
     for one in params["runs"].values():
-        total += cost[one["arm"]] + cost["finetune"]
-        lines.append(f"| {one['arm']} | {one['seed']} | {cost[one['arm']] + cost['finetune']:.1f} | {total:.0f} |")
+        minutes = cost[one["arm"]] + cost[tuned[one["arm"]]]
+        total += minutes
+        lines.append(f"| {one['arm']} | {one['seed']} | {minutes:.1f} | {total:.0f} |")
     write_text(f"results/{params['profile']}/plan.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 

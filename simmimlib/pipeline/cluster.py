@@ -22,8 +22,8 @@ import sys
 import time
 from pathlib import Path
 
-from simmimlib.pipeline.campaign import Running, by_key, commands, record
 from simmimlib.pipeline.profiles import read_params
+from simmimlib.pipeline.running import Running, by_key, commands, record
 from simmimlib.settings import require
 
 try:

@@ -12,10 +12,13 @@ from types import SimpleNamespace
 import pytest
 from project import CAMPAIGN, copy_project, environment, write_profile
 
-from simmimlib.pipeline import campaign, cluster
-from simmimlib.pipeline.campaign import Running, by_key, commands, minutes_left
+from simmimlib.pipeline import cluster
+from simmimlib.pipeline import running as running_module
+from simmimlib.pipeline.arms import STAGES
+from simmimlib.pipeline.campaign import minutes_left
 from simmimlib.pipeline.cluster import RunJob
 from simmimlib.pipeline.profiles import activate, read_params
+from simmimlib.pipeline.running import Running, by_key, commands
 
 
 @pytest.fixture
@@ -42,7 +45,7 @@ def finish_stage(root, stage, given):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text('{"data_digest": "ours"}')
     (folder / "parameters.json").write_text(json.dumps({"data": given["data"], stage: given[stage]}))
-    (folder / f"{campaign.STAGES[stage]}.ipynb").write_text("{}")
+    (folder / f"{STAGES[stage]}.ipynb").write_text("{}")
     return folder
 
 
@@ -79,7 +82,7 @@ def test_a_run_goes_on_with_the_stage_that_it_lacks(project):
 
 
 def test_a_run_that_does_not_stop_is_killed(project, monkeypatch):
-    monkeypatch.setattr(campaign, "PATIENCE", 0.5)
+    monkeypatch.setattr(running_module, "PATIENCE", 0.5)
     deaf = (
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
     )
