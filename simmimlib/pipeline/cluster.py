@@ -13,7 +13,7 @@ when it has finished; what is recorded there is not submitted again. How a job e
 - It is preempted, or ``scontrol requeue``: Slurm sends SIGTERM, at which the training saves, and queues the job again.
 - It failed or was cancelled: the next ``submit`` hands it over again.
 
-A job that is queued again goes on in the stage and at the step where it stopped.
+A job that is queued again resumes in the stage and at the step where it stopped.
 """
 
 import shutil

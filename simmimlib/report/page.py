@@ -9,6 +9,7 @@ CAPTIONS = {  # last word of a picture's name -> what it shows
     "avg_dist": "Accuracy over AvgDist, how far hidden pixels are from visible ones, as a share of the image's side.",
     "images_seen": "Accuracy over the images seen in pre-training; 0 is the untrained encoder.",
     "blocks": "Probes of the frozen encoder by block; means over seeds, shading the range. Dashed: raw pixels.",
+    "depth": "Fine-tuning and linear probes over the blocks of SimMIM's head and of MAE's decoder.",
     "loss": "Pre-training loss, each arm divided by its first epoch; means over seeds, shading the range.",
     "top1": "Validation accuracy of fine-tuning; means over seeds, shading the range.",
     "reconstructions": "The same validation images under the default's masks; predictions fill the hidden pixels.",
