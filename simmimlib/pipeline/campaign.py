@@ -72,18 +72,18 @@ def side_by_side(params: dict, todo: dict[str, list], jobs: int, minutes: float,
     running: list[Running] = []
     longest: dict[bool, float] = {}  # minutes
 
-    def trained(key: str) -> bool:
-        """Whether a run is pre-trained: those that are not are short."""
-        one = params["runs"][key]
-        return stage_parameters(params, "pretrain", one["arm"], one["seed"])["epochs"] > 0
+    # runs without pre-training are short
+    arms = {params["runs"][key]["arm"] for key in todo}
+    pretrained = {arm: stage_parameters(params, "pretrain", arm, 0)["epochs"] > 0 for arm in arms}
+    trained = {key: pretrained[params["runs"][key]["arm"]] for key in todo}
 
     with stop_signals() as stopped:
         while waiting or running:
             left = 0 if stopped else (deadline - time.monotonic()) / 60
             while waiting and len(running) < jobs and not stopped:
-                if longest.get(trained(waiting[0]), 0) >= left:
+                if longest.get(trained[waiting[0]], 0) >= left:
                     break
-                running.append(Running(waiting[0], trained(waiting[0]), todo[waiting.pop(0)]))
+                running.append(Running(waiting[0], trained[waiting[0]], todo[waiting.pop(0)]))
             if not running:
                 break
             time.sleep(0.2)
@@ -106,7 +106,7 @@ def side_by_side(params: dict, todo: dict[str, list], jobs: int, minutes: float,
                     continue
                 longest[one.trained] = max(longest.get(one.trained, 0), one.minutes)
                 ended = total - len(waiting) - len(running)
-                rest = minutes_left(running, [trained(key) for key in waiting], longest, jobs)
+                rest = minutes_left(running, [trained[key] for key in waiting], longest, jobs)
                 print(f"run {ended} of {total}: {outcome(one, report())}; about {rest:.0f} min left", flush=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

@@ -102,7 +102,7 @@ class Choice:
         data, classes = self.values["data"], max(1, len(self.look.source.classes))
         if held := data.get("holdout_per_class", 0):
             return held * classes
-        counts = np.bincount([max(label, 0) for _, label in self.look.source.val])
+        counts = self.look.validation_counts
         return int(np.minimum(counts, data.get("val_per_class", 0) or counts.max()).sum())
 
 
@@ -149,7 +149,7 @@ def choose_data(choice: Choice, images: str, image_size: int) -> None:
     if not look.source.val:
         held = min(max(1, rarest // 5), kept)
         choice.put("data", "holdout_per_class", held, "there is no val/ or test/: so many training images validate")
-    elif np.bincount([max(label, 0) for _, label in look.source.val]).max() > kept:
+    elif look.validation_counts.max() > kept:
         choice.put("data", "val_per_class", kept, "their standard error is a point or so; 0 takes all, and longer")
     if look.labelled and choice.training_counts.min() < LABELS_A_CLASS:
         counts = dict(zip(look.source.classes, choice.training_counts, strict=True))

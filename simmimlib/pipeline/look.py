@@ -39,7 +39,15 @@ class Look:
     @property
     def counts(self) -> np.ndarray:
         """Training images of each class; of a set without classes, one number."""
-        return np.bincount([max(label, 0) for _, label in self.source.train], minlength=len(self.source.classes))
+        return self._of_each_class(self.source.train)
+
+    @property
+    def validation_counts(self) -> np.ndarray:
+        """The same of the validation images."""
+        return self._of_each_class(self.source.val)
+
+    def _of_each_class(self, images: list) -> np.ndarray:
+        return np.bincount([max(label, 0) for _, label in images], minlength=len(self.source.classes))
 
     @property
     def labelled(self) -> bool:

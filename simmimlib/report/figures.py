@@ -45,6 +45,11 @@ def curves(
     return figure
 
 
+def _errors(rows: pd.DataFrame) -> np.ndarray:
+    """Lengths of the intervals' bars below and above the means, [2, n]; 0 where one seed gives none."""
+    return np.nan_to_num(np.stack([rows["mean"] - rows["low"], rows["high"] - rows["mean"]]))
+
+
 def arms_beside_paper(table: pd.DataFrame, title: str = "") -> Figure:
     """Every arm's mean with its interval over the default's, the paper's numbers in a second panel."""
     figure, (ours, paper) = plt.subplots(
@@ -98,7 +103,7 @@ def accuracy_over_avg_dist(table: pd.DataFrame, image_size: int, arms: dict[str,
     for question in MASK_QUESTIONS:
         group = masks[masks["question"] == question]
         if len(group):
-            error = np.nan_to_num(np.stack([group["mean"] - group["low"], group["high"] - group["mean"]]))
+            error = _errors(group)
             share = 100 * group["pretrain_avg_dist"] / image_size
             axes[0].errorbar(share, group["mean"], yerr=error, fmt="o", capsize=2, label=question)
         of_paper = np.array([(x, y) for name, x, y in points if name == question])
@@ -117,7 +122,7 @@ def accuracy_over_images_seen(table: pd.DataFrame) -> Figure:
     arms = table[table["question"].isin(["default", "pretraining", "length"])].sort_values("pretrain_images_seen")
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     seen = arms["pretrain_images_seen"] / 1000
-    error = np.nan_to_num(np.stack([arms["mean"] - arms["low"], arms["high"] - arms["mean"]]))
+    error = _errors(arms)
     axis.errorbar(seen, arms["mean"], yerr=error, fmt="o-", capsize=3, label="fine-tuning (95 % interval)")
     for name, label in (("probe_linear", "linear probe"), ("probe_knn", "k-NN")):
         axis.plot(seen, arms[name], "o--", label=label)
@@ -138,7 +143,7 @@ def accuracy_over_depth(table: pd.DataFrame, arms: dict[str, dict]) -> Figure:
         depth = {arm: depth_of(arms[arm]["pretrain"], method) for arm in rows["arm"]}
         rows = rows.assign(depth=rows["arm"].map(depth)).dropna(subset="depth").sort_values("depth")
         place = range(len(rows))  # 0, 1, 2, 4, 8: evenly spaced
-        error = np.nan_to_num(np.stack([rows["mean"] - rows["low"], rows["high"] - rows["mean"]]))
+        error = _errors(rows)
         axis.errorbar(place, rows["mean"], yerr=error, fmt="o-", capsize=3, label="fine-tuning (95 % interval)")
         for name, label in (("probe_linear_best", "best block"), ("probe_linear", "encoder's output")):
             axis.plot(place, rows[name], "o--", label=f"linear probe, {label}")

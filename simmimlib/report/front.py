@@ -24,7 +24,8 @@ def findings(root: Path) -> str:
     }
     lines = [f"| | paper | {' | '.join(f'`{name}`' for name in tables)} |", f"|---|---|{'---|' * len(tables)}"]
     levels = [_level(table["default"]) for table in tables.values()]
-    lines += [f"| Default: top-1 (95 % interval) | 82.8 | {' | '.join(levels)} |"]
+    paper = next(iter(tables.values()))["default"]["paper"]
+    lines += [f"| Default: top-1 (95 % interval) | {paper:.1f} | {' | '.join(levels)} |"]
     compared = [{arm: row for arm, row in t.items() if not math.isnan(row["difference"])} for t in tables.values()]
     largest = max(compared, key=len)  # its order is that of the grid
     for arm in dict.fromkeys([*largest, *(arm for table in compared for arm in table)]):
