@@ -188,6 +188,12 @@ def is_convnext(model: Any) -> bool:
     return isinstance(model, ConvNeXt)
 
 
+def stages_of(model: Any) -> list[list[nn.Module]]:
+    """The blocks of a timm model, stage by stage; a ViT is one stage."""
+    stages = model.stages if is_convnext(model) else getattr(model, "layers", [model])
+    return [list(stage.blocks) for stage in stages]
+
+
 def add_mask_token(model: Any) -> None:
     # timm's SwinV2 and BEiT build their patch embedding themselves, so the built one is given the class that takes
     # a mask; its parameters keep timm's names.
@@ -205,7 +211,10 @@ def fix_positions(model: Any, name: str, positions: str) -> None:
         raise ValueError(f"positions = {positions!r}: allowed are {', '.join(POSITIONS)}")
     learned = getattr(model, "pos_embed", None)
     if learned is None or learned.shape[2] % 4:
-        raise ValueError(f"positions = 'sincos': {name} needs absolute positions of a multiple of 4 channels")
+        raise ValueError(
+            f"positions = 'sincos', which method = 'mae' uses too: {name} needs absolute positions of a multiple of 4 "
+            "channels, as timm's ViTs and DeiTs have them"
+        )
     grid = model.patch_embed.grid_size
     with torch.no_grad():
         learned.copy_(sincos_positions(grid, learned.shape[2], learned.shape[1] - grid[0] * grid[1]))

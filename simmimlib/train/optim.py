@@ -16,7 +16,7 @@ import torch
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from torch import nn
 
-from simmimlib.model.encoders import is_convnext
+from simmimlib.model.encoders import is_convnext, stages_of
 from simmimlib.model.simmim import SimMIM
 from simmimlib.train.settings import TrainSettings
 
@@ -58,11 +58,6 @@ def layer_id(name: str, depths: list[int]) -> int:
     return sum(depths) + 1
 
 
-def block_depths(model: Any) -> list[int]:
-    stages = model.stages if is_convnext(model) else getattr(model, "layers", [model])
-    return [len(stage.blocks) for stage in stages]
-
-
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float, layer_decay: float = 1.0, pretraining: bool = False
 ) -> list[dict[str, Any]]:
@@ -73,7 +68,7 @@ def parameter_groups(
     timm_model, prefix = (
         (model.encoder.model, "encoder.model.") if pretraining else (model, "")  # type: ignore[union-attr]
     )
-    depths = block_depths(timm_model)
+    depths = [len(blocks) for blocks in stages_of(timm_model)]
     exempt = not_decayed(timm_model, pretraining) if isinstance(model, SimMIM) or not pretraining else set()
     top = sum(depths) + 1
     groups: dict[tuple[int, bool], dict[str, Any]] = {}

@@ -96,7 +96,8 @@ class Run:
             )
             self.no_sync = self.objective.no_sync
         if compiles(self.device, settings.epochs * len(batches)):
-            self.objective = torch.compile(self.objective)
+            # a run keeps its shapes; other runs of this process must not turn them into dynamic ones
+            self.objective = torch.compile(self.objective, dynamic=False)
         self.parts = max(1, math.ceil(size / ranks / micro_batch()))  # that a batch goes through the model in
         self.rolling = RollingCheckpoint(identity(title, settings, packed, starts_from), settings.out)
         self.watch = LossWatch(len(batches), self.device)

@@ -13,7 +13,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from simmimlib.model.encoders import Encoder
+from simmimlib.model.encoders import Encoder, stages_of
 from simmimlib.model.simmim import SimMIM
 from simmimlib.settings import one_of, require
 
@@ -63,9 +63,9 @@ def to_huggingface(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]
     encoder = model.encoder if isinstance(model, SimMIM) else model
     timm_model: Any = encoder.model if isinstance(encoder, Encoder) else encoder
     one_of("model", type(timm_model).__name__, FAMILIES)
-    kind, name, block = FAMILIES[type(timm_model).__name__]
-    blocks = [b for stage in getattr(timm_model, "layers", [timm_model]) for b in stage.blocks]
-    _check_blocks(blocks, block)
+    kind, name, block_kind = FAMILIES[type(timm_model).__name__]
+    blocks = [block for blocks in stages_of(timm_model) for block in blocks]
+    _check_blocks(blocks, block_kind)
     config = {"model_type": kind, "architectures": [f"{name}Model"], **_sizes(timm_model)}
     config |= _swin(timm_model, kind, config) if kind.startswith("swin") else _vit(timm_model, blocks, kind)
 
@@ -201,7 +201,7 @@ def _swin(model: Any, kind: str, common: dict[str, Any]) -> dict[str, Any]:
     """Also checks that transformers, which knows one window for all stages, cuts the same windows."""
     epsilon = common["layer_norm_eps"]  # which embeddings.norm and downsample.norm do not read
     require(epsilon == 1e-5, "eps of the norms", epsilon, "1e-5 in transformers")
-    stages = [list(stage.blocks) for stage in model.layers]
+    stages: list[list[Any]] = stages_of(model)
     window = stages[0][0].window_size[0]
     for blocks in stages:
         height, width = blocks[0].input_resolution
