@@ -46,16 +46,25 @@ def run(params: dict, minutes: float, jobs: int) -> None:
 
 def repro(params: dict, jobs: int) -> None:
     """Trains what is not up to date, each run by a ``dvc repro`` of its own; the tables are left to a last one."""
-    subprocess.run([*DVC, "repro", "--quiet", "code", f"data@{params['profile']}"], check=True)
+    first = {"code", f"data@{params['profile']}"}
+    changed = changed_stages()
+    if changed & first:
+        subprocess.run([*DVC, "repro", *sorted(first)], check=True)
+        changed = changed_stages()
     check_classes(params)
-    status = subprocess.run([*DVC, "status", "--json"], check=True, capture_output=True, text=True)
-    stale = {stage.partition("@")[2] for stage in json.loads(status.stdout)}
+    stale = {stage.partition("@")[2] for stage in changed}
     # `--single-item`: DVC would not look at `code` again while another run holds it to read
     single = [*DVC, "repro", "--single-item"]
     todo = {key: [[*single, *(f"{stage}@{key}" for stage in STAGES)]] for key in params["runs"] if key in stale}
     if todo:
         print(f"{len(todo)} of {len(params['runs'])} runs are to do, {jobs} at a time", flush=True)
         side_by_side(params, todo, jobs, float("inf"), lambda: finished(params)[0])
+
+
+def changed_stages() -> set[str]:
+    """Names of the stages that are not up to date. DVC says itself, on standard error, why it cannot tell."""
+    status = subprocess.run([*DVC, "status", "--json"], check=True, stdout=subprocess.PIPE, text=True)
+    return set(json.loads(status.stdout))
 
 
 def side_by_side(params: dict, todo: dict[str, list], jobs: int, minutes: float, report: Callable) -> None:

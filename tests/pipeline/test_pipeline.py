@@ -221,6 +221,15 @@ def test_a_failing_run_is_shown_and_the_others_go_ahead(project):
     assert "failed: tiny-head_inverse_swin_t-0" in output and "tiny-scratch-0, top-1" in output
 
 
+def test_what_stops_dvc_is_shown(project):
+    """A machine that went down while DVC wrote can leave its lock on files empty."""
+    lock = project / ".dvc/tmp/rwlock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.write_text("")
+    output = run(*CAMPAIGN, "repro", cwd=project, ok=False)
+    assert "rwlock" in output and "Traceback" not in output
+
+
 def test_an_interrupted_repro_resumes(project):
     """Ctrl-C reaches dvc and the stage; the training saves, and the next repro takes it from there."""
     profile = read_profile(project)
