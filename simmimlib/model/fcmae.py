@@ -30,7 +30,8 @@ class FCMAE(MaskedImageModel):
         loss, scope, target, beta, mean, std: as of ``SimMIM``; the official recipe is ``"l2"`` of
             ``"normalised_pixels"``.
 
-    Masks have to hide whole positions of the feature map, squares of ``encoder.stride`` pixels.
+    Masks have to hide whole positions of the feature map, squares of ``encoder.stride`` pixels; those on the CPU are
+    checked.
 
     Raises:
         ValueError: an encoder that is no ConvNeXtV2 or has a mask token.
@@ -69,6 +70,8 @@ class FCMAE(MaskedImageModel):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:
+        if mask.device.type == "cpu":  # elsewhere it would wait for the device
+            check_squares(mask, self.encoder)
         features = self.encode(images, mask)  # [B, D, H / stride, W / stride]
         hidden = mask_at(mask, features.shape[2:])
         x = self.proj(features)
@@ -98,6 +101,17 @@ def masked_block(block: Any, x: Tensor, visible: Tensor) -> Tensor:
     y = block.mlp.act(block.mlp.fc1(block.norm(y)))
     y = block.mlp.fc2(block.mlp.grn(y * visible))
     return x + block.drop_path(y.permute(0, 3, 1, 2) if channels_last else y)
+
+
+def check_squares(mask: Tensor, encoder: Encoder) -> None:
+    """Raises ValueError unless a token mask [B, h, w] hides or shows each position of the feature map as a whole."""
+    side = encoder.stride // encoder.patch_size
+    hidden = F.avg_pool2d(mask.float().unsqueeze(1), side)
+    if not ((hidden == 0) | (hidden == 1)).all():
+        raise ValueError(
+            f"mask that hides parts of a position of the feature map: must hide squares of {side} x {side} tokens "
+            f"({encoder.stride} pixels, the encoder's stride)"
+        )
 
 
 def mask_at(mask: Tensor, size: torch.Size) -> Tensor:

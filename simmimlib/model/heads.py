@@ -25,45 +25,65 @@ SWIN = {
 
 
 def create_head(
-    kind: str, in_features: int, stride: int, out_chans: int = 3, grid: tuple[int, int] = (6, 6)
+    kind: str,
+    in_features: int,
+    stride: int,
+    out_chans: int = 3,
+    grid: tuple[int, int] = (6, 6),
+    width: int = 0,
+    heads: int = 0,
 ) -> nn.Module:
     """A head [B, in_features, h, w] -> [B, out_chans, h * stride, w * stride].
 
     Args:
         kind: ``"linear"``: one 1x1 convolution to stride * stride * out_chans channels (3072 for Swin's stride 32 and
             RGB), laid out as pixels by a pixel shuffle. ``"mlp"``: a 1x1 convolution of the encoder's width and a GELU
-            before it. ``"blocks_1"`` ... ``"blocks_8"``: so many transformer blocks of the encoder's width before it,
-            a head as deep as MAE's decoders. ``"inverse_swin_t"``, ``"inverse_swin_b"``: see above; where the stride
-            has fewer than three factors of 2, so many of the shallow stages are left out.
+            before it. ``"blocks_1"`` ... ``"blocks_8"``: so many transformer blocks before it, a head as deep as MAE's
+            decoders. ``"inverse_swin_t"``, ``"inverse_swin_b"``: see above; where the stride has fewer than three
+            factors of 2, so many of the shallow stages are left out.
         grid: (h, w), which the windows of an inverse Swin are fitted to.
+        width: channels of the transformer blocks; 0 means the encoder's.
+        heads: attention heads in each; 0 means one for 64 channels.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: an unknown kind, a width that the attention heads cannot share, either of them without blocks.
     """
     if kind not in HEADS:
         raise ValueError(f"head = {kind!r}: allowed are {', '.join(HEADS)}")
+    for name, value in (("decoder_width", width), ("decoder_heads", heads)):
+        if value and kind not in BLOCKS:
+            raise ValueError(f"{name} = {value}: must be 0 with head = {kind!r}, which has no transformer blocks")
     if kind in SWIN:
         return InverseSwin(in_features, stride, out_chans, grid, *SWIN[kind])
-    pixels = [nn.Conv2d(in_features, stride**2 * out_chans, kernel_size=1), nn.PixelShuffle(stride)]
+    width = width or in_features
+    pixels = [nn.Conv2d(width, stride**2 * out_chans, kernel_size=1), nn.PixelShuffle(stride)]
     if kind == "mlp":
-        return nn.Sequential(nn.Conv2d(in_features, in_features, kernel_size=1), nn.GELU(), *pixels)
-    depth = int(kind.removeprefix("blocks_")) if kind in BLOCKS else 0
-    return nn.Sequential(*([TransformerBlocks(in_features, depth)] if depth else []), *pixels)
+        return nn.Sequential(nn.Conv2d(width, width, kernel_size=1), nn.GELU(), *pixels)
+    if kind in BLOCKS:
+        depth = int(kind.removeprefix("blocks_"))
+        return nn.Sequential(TransformerBlocks(in_features, depth, width, heads), *pixels)
+    return nn.Sequential(*pixels)
 
 
 class TransformerBlocks(nn.Module):
-    """ViT blocks and a norm on a feature map; positions are in the features already."""
+    """ViT blocks and a norm on a feature map; positions are in the features already. Arguments as in ``create_head``.
 
-    def __init__(self, dim: int, depth: int):
+    [B, in_features, h, w] -> [B, width, h, w], by a linear layer in front where the two widths differ.
+    """
+
+    def __init__(self, in_features: int, depth: int, width: int, heads: int):
         super().__init__()
-        heads = next(n for n in range(max(1, dim // 64), 0, -1) if dim % n == 0)  # of 64 channels or a few more
-        self.blocks = nn.Sequential(*(Block(dim, heads, qkv_bias=True) for _ in range(depth)))
-        self.norm = nn.LayerNorm(dim)
+        heads = heads or next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)  # of 64 channels or more
+        if width % heads:
+            raise ValueError(f"decoder_width = {width}: must be a multiple of the {heads} decoder_heads")
+        self.embed = nn.Linear(in_features, width) if width != in_features else nn.Identity()
+        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
         self.apply(init_linear)
 
     def forward(self, features: Tensor) -> Tensor:
-        tokens = self.blocks(features.flatten(2).transpose(1, 2))  # [B, h * w, D]
-        return self.norm(tokens).transpose(1, 2).unflatten(2, features.shape[2:])
+        tokens = self.embed(features.flatten(2).transpose(1, 2))  # [B, h * w, width]
+        return self.norm(self.blocks(tokens)).transpose(1, 2).unflatten(2, features.shape[2:])
 
 
 class InverseSwin(nn.Module):

@@ -25,7 +25,8 @@ class MAE(MaskedImageModel):
         loss, scope, target, beta, mean, std: as of ``SimMIM``; the official recipe is ``"l2"`` of
             ``"normalised_pixels"``.
         visible: visible tokens of every image in training, known beforehand, so that shapes are static for a compiler
-            and no step waits for the device. None, and evaluation, count them in the mask.
+            and no step waits for the device. None, and evaluation, count them in the mask; masks on the CPU are
+            counted always.
 
     Raises:
         ValueError: an encoder that is no timm ViT or has a mask token, sizes that do not fit.
@@ -73,7 +74,10 @@ class MAE(MaskedImageModel):
 
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:
         order = mask.flatten(1).byte().argsort(dim=1, stable=True)  # [B, N], the visible tokens first
-        shown = order[:, : self.visible if self.training and self.visible else count_visible(mask)].unsqueeze(-1)
+        visible = self.visible if self.training else None
+        if visible is None or mask.device.type == "cpu":  # elsewhere counting would wait for the device
+            visible = count_visible(mask, visible)
+        shown = order[:, :visible].unsqueeze(-1)
         latent = self.encode(images, shown)  # [B, prefix + V, D]
         x = self.decoder_embed(latent)  # [B, prefix + V, d]
         prefix, seen = x[:, : -shown.shape[1]], x[:, -shown.shape[1] :]
@@ -94,15 +98,21 @@ class MAE(MaskedImageModel):
         return vit.norm(vit.blocks(vit.norm_pre(torch.cat([tokens[:, :prefix], seen], 1))))
 
 
-def count_visible(mask: Tensor) -> int:
-    """Visible tokens of each image of a mask [B, h, w]; raises ValueError unless all have as many, one or more."""
+def count_visible(mask: Tensor, expected: int | None) -> int:
+    """Visible tokens of each image of a mask [B, h, w]: ``expected``, or any number above 0, the same for all.
+
+    Raises:
+        ValueError: other numbers.
+    """
     counts = (~mask).flatten(1).sum(1)
-    if counts.min() != counts.max() or not counts.min():
+    low, high = int(counts.min()), int(counts.max())
+    if low != high or not low or expected not in (None, low):
+        allowed = f"{expected}, as the model was told" if expected else "as many as each other image, and one or more"
         raise ValueError(
-            f"mask with {counts.min().item()} to {counts.max().item()} visible tokens an image: MAE's encoder sees "
-            "the visible tokens only, so that each image must have as many, and one or more"
+            f"mask with {low} to {high} visible tokens an image: MAE's encoder sees the visible tokens only, so that "
+            f"each image must have {allowed}"
         )
-    return int(counts[0])
+    return low
 
 
 def init_mae(model: MAE) -> None:

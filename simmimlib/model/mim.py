@@ -59,7 +59,15 @@ class MaskedImageModel(nn.Module):
         raise NotImplementedError
 
     def forward(self, images: Tensor, mask: Tensor) -> Output:
-        """images [B, C, H, W], mask [B, h, w] on the token grid (True = hidden)."""
+        """images [B, C, H, W], mask [B, h, w] on the token grid (True = hidden).
+
+        Raises:
+            ValueError: a mask of another shape.
+        """
+        patch = self.encoder.patch_size
+        expected = (len(images), images.shape[2] // patch, images.shape[3] // patch)
+        if mask.shape != expected:
+            raise ValueError(f"mask of shape {tuple(mask.shape)}: must be {expected}")
         raw = self.predict(images, mask)
         errors = self.target.errors(raw.float(), self.downsample(images))
         pixel_mask = self.downsample(upsample_mask(mask, self.encoder.patch_size).float())

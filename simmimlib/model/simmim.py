@@ -13,7 +13,7 @@ class SimMIM(MaskedImageModel):
 
     Args:
         encoder: from ``create_encoder``, with its mask token.
-        head: a name for ``create_head``.
+        head, decoder_width, decoder_heads: kind, width and heads for ``create_head``.
         loss: of the pixel targets: ``"l1"`` (the paper's), ``"l2"`` or ``"smooth_l1"``.
         scope: ``"masked"`` scores the hidden pixels only, ``"all"`` the whole image.
         target: a name for ``create_target``.
@@ -36,6 +36,8 @@ class SimMIM(MaskedImageModel):
         resolution: float = 1.0,
         mean: float | list[float] = 0.5,
         std: float | list[float] = 0.25,
+        decoder_width: int = 0,
+        decoder_heads: int = 0,
     ):
         stride = round(encoder.stride * resolution)
         if not 1 <= stride <= encoder.stride or stride != encoder.stride * resolution or encoder.stride % stride:
@@ -45,8 +47,10 @@ class SimMIM(MaskedImageModel):
             )
         scored = create_target(target, encoder.config["in_chans"], loss, beta, stride, mean, std)
         config = {"head": head, "loss": loss, "target": target, "beta": beta, "resolution": resolution}
+        config |= {"decoder_width": decoder_width, "decoder_heads": decoder_heads}
         super().__init__(encoder, scored, scope, config, encoder.stride // stride)
-        self.head = create_head(head, encoder.num_features, stride, scored.channels, encoder.grid_size)
+        sizes = (encoder.num_features, stride, scored.channels, encoder.grid_size)
+        self.head = create_head(head, *sizes, decoder_width, decoder_heads)
 
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:
         return self.head(self.encoder(images, mask))  # features [B, D, H / stride, W / stride]

@@ -92,9 +92,9 @@ class PretrainSettings(TrainSettings):
     mask_strategy: str = setting("random", "random | square | block")
     positions: str = setting("", "of a ViT: learned | sincos; empty: sincos with mae, else learned")
     head: str = setting("linear", "linear | mlp | blocks_1, _2, _4, _8 | inverse_swin_t, _b")
-    decoder_width: int = setting(0, "mae, fcmae: channels of the decoder; 0: half of the encoder's")
+    decoder_width: int = setting(0, "of mae, fcmae, head blocks_n; 0: encoder's / 2, / 2, / 1")
     decoder_depth: int = setting(1, "mae, fcmae: blocks of the decoder (official: mae 8, fcmae 1)")
-    decoder_heads: int = setting(0, "mae: attention heads of the decoder; 0: one for 32 channels")
+    decoder_heads: int = setting(0, "of mae, head blocks_n; 0: one for 32, for 64 channels")
     loss: str = setting("l1", "l1 | l2 | smooth_l1")
     beta: float = setting(1.0, "where smooth_l1 turns from quadratic to linear")
     scope: str = setting("masked", "masked (predict what is hidden) | all (reconstruct everything)")
@@ -123,12 +123,16 @@ class PretrainSettings(TrainSettings):
             encoder = self.model().encoder
             masks = self.masks(encoder.patch_size)
         if self.method == "simmim":
+            allowed = "1 with method = simmim, where head = blocks_n says the depth"
+            require(self.decoder_depth == 1, "decoder_depth", self.decoder_depth, allowed)
             return
         require(self.head == "linear", "head", self.head, f"linear with method = {self.method}, which has a decoder")
         require(self.resolution == 1, "resolution", self.resolution, f"1 with method = {self.method}")
         allowed = f"low enough to leave a patch visible with method = {self.method}"
         require(masks.count < math.prod(masks.grid), "mask_ratio", self.mask_ratio, allowed)
         if self.method == "fcmae":
+            allowed = "0 with method = fcmae, whose decoder has no attention"
+            require(self.decoder_heads == 0, "decoder_heads", self.decoder_heads, allowed)
             whole = self.mask_patch_size % encoder.stride == 0
             allowed = f"a multiple of {encoder.stride}, the encoder's stride, with method = fcmae"
             require(whole, "mask_patch_size", self.mask_patch_size, allowed)
@@ -153,7 +157,8 @@ class PretrainSettings(TrainSettings):
             model = MAE(encoder, *decoder, visible=math.prod(encoder.grid_size) - masks.hidden, **scored)
             init_mae(model)
             return model
-        return SimMIM(encoder, self.head, resolution=self.resolution, **scored)
+        decoder = {"decoder_width": self.decoder_width, "decoder_heads": self.decoder_heads}
+        return SimMIM(encoder, self.head, resolution=self.resolution, **scored, **decoder)
 
     def masks(self, model_patch_size: int) -> MaskGenerator:
         return MaskGenerator(

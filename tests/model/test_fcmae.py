@@ -42,6 +42,13 @@ def test_with_everything_visible_it_is_timm(name):
     assert not torch.allclose(model.encode(images, mask), features)
 
 
+def test_masks_of_parts_of_a_position_are_refused():
+    model, images, mask = build_fcmae("small images")
+    mask[0, 0, 0] = ~mask[0, 0, 0]
+    with pytest.raises(ValueError, match=r"mask that hides parts .* must hide squares of 8 x 8 tokens"):
+        model(images, mask)
+
+
 def test_every_parameter_has_a_gradient():
     """Several processes wait for each; the norm of timm's classifier is none of them."""
     model, images, mask = build_fcmae("small images", decoder_depth=2)

@@ -49,6 +49,19 @@ def test_blocks_are_so_many_transformer_blocks_before_the_linear_head(depth, wid
     assert sum(parameter.numel() for parameter in head[0].parameters()) == expected
 
 
+def test_blocks_of_a_given_width():
+    """As a decoder of MAE: a linear layer to that width in front, and the linear head takes that width."""
+    head = create_head("blocks_2", 24, 4, width=16, heads=4)
+    blocks = [module for module in head.modules() if isinstance(module, Block)]
+    assert {(block.attn.num_heads, block.norm1.normalized_shape) for block in blocks} == {(4, (16,))}
+    assert head[0].embed.weight.shape == (16, 24) and head[1].weight.shape == (48, 16, 1, 1)
+    assert head(torch.randn(2, 24, 3, 5)).shape == (2, 3, 12, 20)
+    with pytest.raises(ValueError, match="decoder_width = 18: must be a multiple of the 4 decoder_heads"):
+        create_head("blocks_2", 24, 4, width=18, heads=4)
+    with pytest.raises(ValueError, match="decoder_heads = 2: must be 0 with head = 'mlp', which has no transformer"):
+        create_head("mlp", 24, 4, heads=2)
+
+
 def test_blocks_are_vision_transformer_blocks_on_the_tokens():
     torch.manual_seed(0)
     head = create_head("blocks_2", 24, 4)

@@ -59,6 +59,8 @@ def test_what_training_knows_beforehand_changes_nothing():
     model.visible = 16
     assert torch.equal(model.train()(images, mask).loss, expected)
     other = MaskGenerator(64, 16, 8, 0.5)(2, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"mask with 32 to 32 visible tokens .* each image must have 16, as the model"):
+        model(images, other)
     assert model.eval()(images, other).raw.shape == images.shape, "evaluation takes masks of any ratio"
 
 

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from simmimlib.model.encoders import create_encoder
 from simmimlib.model.simmim import SimMIM
 from simmimlib.model.targets import TARGETS, ClusterTarget
+from simmimlib.weights.checkpoints import METHODS
 from small_models import ENCODERS, build
 
 
@@ -105,3 +107,15 @@ def test_head_and_target_are_fitted_to_the_encoder_and_the_resolution():
     assert windows == {(1, 1)}
     model = SimMIM(encoder, target="normalised_pixels", resolution=1 / 4)
     assert model.target.patch == 8, "a patch is what one position of the feature map predicts"
+
+
+@pytest.mark.parametrize("method", ["simmim", "mae", "fcmae"])
+def test_a_mask_of_another_grid_is_refused(method):
+    name, kwargs = ("convnextv2_atto", {}) if method == "fcmae" else ("vit_tiny_patch16_224", {"depth": 1})
+    encoder = create_encoder(name, 64, mask_token=method == "simmim", **kwargs)
+    model = METHODS[method](encoder)
+    side = 64 // encoder.patch_size
+    mask = torch.zeros(2, side // 2, side // 2, dtype=torch.bool)
+    with pytest.raises(ValueError) as error:
+        model(torch.randn(2, 3, 64, 64), mask)
+    assert str(error.value) == f"mask of shape {tuple(mask.shape)}: must be (2, {side}, {side})"

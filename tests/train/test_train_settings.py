@@ -25,6 +25,19 @@ from simmimlib.train.settings import FinetuneSettings, PretrainSettings, ProbeSe
         (PretrainSettings, {"method": "mae", "mask_ratio": 0.99}, "mask_ratio = 0.99: must be low enough"),
         (PretrainSettings, {"method": "mae", "head": "mlp"}, "head = 'mlp': must be linear with method = mae"),
         (PretrainSettings, {"method": "mae", "resolution": 0.5}, "resolution = 0.5: must be 1 with method = mae"),
+        (PretrainSettings, {"decoder_depth": 8}, "decoder_depth = 8: must be 1 with method = simmim, where head ="),
+        (PretrainSettings, {"decoder_width": 8}, "decoder_width = 8: must be 0 with head = 'linear', which has no"),
+        (PretrainSettings, {"head": "blocks_1", "decoder_heads": 5}, "decoder_width = 64: must be a multiple of the 5"),
+        (
+            PretrainSettings,
+            {
+                "method": "fcmae",
+                "encoder": "convnextv2_atto",
+                "encoder_kwargs": {"patch_size": 1},
+                "decoder_heads": 2,
+            },
+            "decoder_heads = 2: must be 0 with method = fcmae, whose decoder has no attention",
+        ),
         (PretrainSettings, {"method": "mae", "encoder": "convnextv2_atto", "encoder_kwargs": {}}, "sincos"),
         (
             PretrainSettings,
