@@ -157,8 +157,8 @@ class PretrainSettings(TrainSettings):
             model = MAE(encoder, *decoder, visible=math.prod(encoder.grid_size) - masks.hidden, **scored)
             init_mae(model)
             return model
-        decoder = {"decoder_width": self.decoder_width, "decoder_heads": self.decoder_heads}
-        return SimMIM(encoder, self.head, resolution=self.resolution, **scored, **decoder)
+        scored |= {"decoder_width": self.decoder_width, "decoder_heads": self.decoder_heads}
+        return SimMIM(encoder, self.head, resolution=self.resolution, **scored)
 
     def masks(self, model_patch_size: int) -> MaskGenerator:
         return MaskGenerator(
