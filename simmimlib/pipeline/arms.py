@@ -16,25 +16,38 @@ STAGES = {"pretrain": "02_pretrain", "finetune": "03_finetune", "probe": "05_pro
 def load_arms() -> dict[str, dict]:
     """Every arm of ``arms.yaml`` by name, in its order.
 
-    Of each: question, heading, label; paper, paper_linear (None where it has none); reference (the arm that those of
-    the question are compared with, and its own paper and paper_linear); probes; model; changes by stage.
+    Of each: question, its place among the questions, heading; label; paper, paper_linear (None where it has none);
+    reference (the arm that those of the question are compared with, and its own paper and paper_linear); probes; also
+    (the same of other questions that compare it); model; changes by stage.
     """
-    arms, questions = {}, _grid()["questions"]
+    arms: dict[str, dict] = {}
+    questions = _grid()["questions"]
     usual = {"arm": "default", "paper": questions["default"]["arms"]["default"]["paper"]}
-    for question, content in questions.items():
-        about = {"question": question, "heading": content["heading"], "probes": content.get("probes", False)}
+    abouts = {}
+    for place, (question, content) in enumerate(questions.items()):
+        about = {"question": question, "place": place, "heading": content["heading"]}
+        about |= {"probes": content.get("probes", False)}
         about["reference"] = {"paper": None, "paper_linear": None, **content.get("reference", usual)}
-        for name, arm in content["arms"].items():
+        abouts[question] = about
+        for name, arm in content.get("arms", {}).items():
             changes = {stage: arm.get(stage, {}) for stage in STAGES}
             of_paper = {key: arm.get(key) for key in ("paper", "paper_linear")}
-            arms[name] = {**about, "label": arm["label"], **of_paper, "model": arm.get("model", "model"), **changes}
+            model = arm.get("model", "model")
+            arms[name] = {**about, "label": arm["label"], **of_paper, "also": [], "model": model, **changes}
+    for question, content in questions.items():
+        for name in content.get("also", []):
+            arms[name]["also"].append(abouts[question])
     return arms
 
 
 def arms_of(name: str) -> list[str]:
     """The arms that a profile means by a name: an arm, a question, or a set."""
     grid, arms = _grid(), load_arms()
-    known = {question: list(content["arms"]) for question, content in grid["questions"].items()} | grid["sets"]
+    known = {
+        question: [*content.get("arms", {}), *content.get("also", [])]
+        for question, content in grid["questions"].items()
+    }
+    known |= grid["sets"]
     known |= {arm: [arm] for arm in arms}
     one_of("arms", name, known)
     return known[name]

@@ -14,6 +14,8 @@ from simmimlib.machine.files import whole_file
 from simmimlib.machine.progress import interactive
 from simmimlib.model.avgdist import avg_dist
 from simmimlib.model.masking import MaskGenerator
+from simmimlib.report.depth import METRICS, QUESTIONS, by_depth
+from simmimlib.report.statistics import interval
 
 MASK_QUESTIONS = ("default", "ratio", "patch", "strategy")  # whose arms differ from the default by their masks only
 
@@ -37,7 +39,8 @@ def curves(
         epochs = frames[0]["epoch"]
         (line,) = axis.plot(epochs, values.mean(0), label=label, marker="o" if len(epochs) < 30 else "", markersize=3)
         axis.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.15)
-    axis.set(xlabel="epoch", ylabel=ylabel, title=title)
+    several = any(len(frames) > 1 for frames in logs.values())
+    axis.set(xlabel="epoch" + " (shaded: the range over seeds)" * several, ylabel=ylabel, title=title)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     if len(logs) > 1:
@@ -52,16 +55,18 @@ def _errors(rows: pd.DataFrame) -> np.ndarray:
 
 def arms_beside_paper(table: pd.DataFrame, title: str = "") -> Figure:
     """Every arm's mean with its interval over the default's, the paper's numbers in a second panel."""
+    table = table[~table["repeated"]]
     figure, (ours, paper) = plt.subplots(
         1, 2, figsize=(10, 0.32 * len(table) + 1.6), sharey=True, layout="constrained", width_ratios=(3, 2)
     )
     place = np.arange(len(table))[::-1]
     colours = ["tab:blue" if arm == "default" else "tab:gray" for arm in table["arm"]]
     for y, row, colour in zip(place, table.to_dict("records"), colours, strict=True):
-        error = np.nan_to_num([[row["mean"] - row["low"]], [row["high"] - row["mean"]]])
-        ours.errorbar(row["mean"], y, xerr=error, fmt="o", color=colour, capsize=3)
-        if row["paper"] is None or np.isnan(row["paper"]):
-            continue
+        # an interval of two seeds is many times as wide as any other and would hide them
+        bar = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]] if row["seeds"] > 2 else None
+        ours.errorbar(row["mean"], y, xerr=bar, fmt="o", color=colour, capsize=3)
+        if row["paper"] is None or np.isnan(row["paper"]) or row["reference"] != "default":
+            continue  # the paper's numbers of other references are of other models
         paper.plot(row["paper"], y, "o", color=colour)
         paper.annotate(
             f"{row['paper']:.1f}", (row["paper"], y), (6, 0), textcoords="offset points", va="center", fontsize=8
@@ -70,9 +75,9 @@ def arms_beside_paper(table: pd.DataFrame, title: str = "") -> Figure:
     ours.axvline(default["mean"], color="tab:blue", linewidth=0.8, alpha=0.6)
     paper.axvline(default["paper"], color="tab:blue", linewidth=0.8, alpha=0.6)
     ours.set_yticks(place, [f"{row.label}  (n = {row.seeds})" for row in table.itertuples()], fontsize=8)
-    ours.set(xlabel="our top-1, % (mean of n seeds, 95 % interval)", title=title)
+    ours.set(xlabel="our top-1, % (mean of n seeds; 95 % interval from three seeds on)", title=title)
     paper.set(xlabel="ImageNet-1K top-1, %", title="paper")
-    paper.margins(x=0.15)
+    paper.margins(x=0.25)
     paper.xaxis.set_major_locator(MaxNLocator(4))
     for axis in (ours, paper):
         axis.grid(axis="x", alpha=0.3)
@@ -120,6 +125,7 @@ def accuracy_over_avg_dist(table: pd.DataFrame, image_size: int, arms: dict[str,
 def accuracy_over_images_seen(table: pd.DataFrame) -> Figure:
     """Fine-tuning, linear probe and k-NN over the images seen in pre-training; arms that differ in length only."""
     arms = table[table["question"].isin(["default", "pretraining", "length"])].sort_values("pretrain_images_seen")
+    arms = arms[~arms["repeated"]]
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     seen = arms["pretrain_images_seen"] / 1000
     error = _errors(arms)
@@ -132,37 +138,31 @@ def accuracy_over_images_seen(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def accuracy_over_depth(table: pd.DataFrame, arms: dict[str, dict]) -> Figure:
-    """Fine-tuning and linear probes over the blocks of SimMIM's head (0: one linear layer) and of MAE's decoder."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
-    title = {"simmim": "SimMIM: transformer blocks in the head", "mae": "MAE: transformer blocks in the decoder"}
-    for axis, (method, questions) in zip(
-        axes, {"simmim": ("default", "head_depth"), "mae": ("method", "decoder_depth")}.items(), strict=True
-    ):
-        rows = table[table["question"].isin(questions)]
-        depth = {arm: depth_of(arms[arm]["pretrain"], method) for arm in rows["arm"]}
-        rows = rows.assign(depth=rows["arm"].map(depth)).dropna(subset="depth").sort_values("depth")
-        place = range(len(rows))  # 0, 1, 2, 4, 8: evenly spaced
-        error = _errors(rows)
-        axis.errorbar(place, rows["mean"], yerr=error, fmt="o-", capsize=3, label="fine-tuning (95 % interval)")
-        for name, label in (("probe_linear_best", "best block"), ("probe_linear", "encoder's output")):
-            axis.plot(place, rows[name], "o--", label=f"linear probe, {label}")
-        axis.set_xticks(place, [f"{n:.0f}" for n in rows["depth"]])
-        axis.set(xlabel="blocks", title=title[method])
+def accuracy_over_depth(runs: pd.DataFrame, arms: dict[str, dict], floors: dict[str, float]) -> Figure:
+    """Fine-tuning and linear probes over the blocks of SimMIM's head (0: one linear layer) and of MAE's decoder.
+
+    Means and 95 % intervals over the seeds that all arms of a panel have; ``floors`` are drawn as dotted lines.
+    """
+    shown = {question: by_depth(runs, arms, question, "top1") for question in QUESTIONS}
+    shown = {question: values for question, values in shown.items() if not values.empty}
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(5 * len(shown), 4.2), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, (question, tuned) in zip(axes[0], shown.items(), strict=True):
+        place = range(len(tuned.columns))  # 0, 1, 2, 4, 8: evenly spaced
+        for metric, label in METRICS.items():
+            values = by_depth(runs, arms, question, metric)
+            middle, low, high = np.array([interval(values[depth]) for depth in values]).T
+            bars = np.stack([middle - low, high - middle]) if len(values) > 2 else None
+            axis.errorbar(place, middle, yerr=bars, fmt="o-" if metric == "top1" else "o--", capsize=3, label=label)
+        for (label, value), style in zip(floors.items(), (":", "-."), strict=False):
+            axis.axhline(value, color="k", linestyle=style, linewidth=1, label=f"{label}, {value:.1f}")
+        axis.set_xticks(place, [f"{depth}" for depth in tuned.columns])
+        axis.set(xlabel=f"blocks ({len(tuned)} seeds, 95 % intervals)", title=QUESTIONS[question])
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("top-1, %")
-    axes[0].legend(fontsize=8)
+    axes[0, 0].set_ylabel("top-1, %")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
-
-
-def depth_of(changes: dict, method: str) -> float:
-    """Blocks of SimMIM's head or MAE's decoder in an arm that differs from others by them alone, else not a number."""
-    if method == "mae":
-        alone = changes.get("method") == "mae" and "epochs" not in changes.get("scale", {})
-        return changes.get("decoder_depth", 1) if alone else np.nan
-    head = changes.get("head", "linear")
-    alone = changes.keys() <= {"head"}
-    return float(head.rpartition("_")[2]) if head.startswith("blocks_") else 0.0 if alone else np.nan
 
 
 def accuracy_over_blocks(logs: dict[str, list[pd.DataFrame]]) -> Figure:
@@ -184,9 +184,9 @@ def accuracy_over_blocks(logs: dict[str, list[pd.DataFrame]]) -> Figure:
             (line,) = axis.plot(place, values.mean(axis=1), "o-", markersize=4, label=label)
             axis.fill_between(place, values.min(axis=1), values.max(axis=1), color=line.get_color(), alpha=0.15)
             axis.set_xticks(place, [f"{block}" if block else "output" for block in values.index])
-        axis.set(xlabel="block", ylabel="top-1, %", title=title)
+        axis.set(xlabel="block (shaded: the range over seeds)", ylabel="top-1, %", title=title)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+        axis.legend(fontsize=8)
     return figure
 
 

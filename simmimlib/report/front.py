@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from simmimlib.machine.files import project_root, write_text
+from simmimlib.report.tables import seeds_of
 
 PROFILES = ("quick", "cifar10-cpu", "cifar10", "imagenette")  # columns, those of them that have results
 BEGIN = "<!-- findings: written by python -m simmimlib.report.front -->"
@@ -16,29 +17,37 @@ END = "<!-- end of findings -->"
 
 
 def findings(root: Path) -> str:
-    """The table as Markdown: the default's level, then a row an arm; a column a profile that has results."""
+    """The table as Markdown: the default's level, then a row an arm; a column a profile that has results.
+
+    A question whose arms are compared with another arm than the default has a row of its own, which names it.
+    """
     tables = {
-        name: {row["arm"]: row for row in pd.read_csv(path).to_dict("records")}
+        name: {(row["question"], row["arm"]): row for row in pd.read_csv(path).to_dict("records")}
         for name in PROFILES
         if (path := root / f"results/{name}/ablations.csv").is_file()
     }
     lines = [f"| | paper | {' | '.join(f'`{name}`' for name in tables)} |", f"|---|---|{'---|' * len(tables)}"]
-    levels = [_level(table["default"]) for table in tables.values()]
-    paper = next(iter(tables.values()))["default"]["paper"]
-    lines += [f"| Default: top-1 (95 % interval) | {paper:.1f} | {' | '.join(levels)} |"]
-    compared = [{arm: row for arm, row in t.items() if not math.isnan(row["difference"])} for t in tables.values()]
+    levels = [table["default", "default"] for table in tables.values()]
+    paper = levels[0]["paper"]
+    lines += [f"| Default: top-1 (95 % interval) | {paper:.1f} | {' | '.join(map(_level, levels))} |"]
+    labels = {arm: row["label"] for table in tables.values() for (_, arm), row in table.items()}
+    compared = [{key: row for key, row in t.items() if not math.isnan(row["difference"])} for t in tables.values()]
     largest = max(compared, key=len)  # its order is that of the grid
-    for arm in dict.fromkeys([*largest, *(arm for table in compared for arm in table)]):
-        row = next(table[arm] for table in compared if arm in table)
-        against = "" if row["reference"] == "default" else f" (to {row['reference']})"
+    before = ""
+    for key in dict.fromkeys([*largest, *(key for table in compared for key in table)]):
+        row = next(table[key] for table in compared if key in table)
+        if row["reference"] != "default" and row["question"] != before:
+            first = labels[row["reference"]]
+            lines.append(f"| *{row['heading']} Differences from: {first}* |{' |' * (1 + len(tables))}")
+        before = row["question"]
         paper = "" if math.isnan(row["paper_difference"]) else f"{row['paper_difference']:+.1f}"
-        cells = [_cell(table[arm]) if arm in table else "" for table in compared]
-        lines.append(f"| {' | '.join([row['label'] + against, paper, *cells])} |")
+        cells = [_cell(table[key]) if key in table else "" for table in compared]
+        lines.append(f"| {' | '.join([row['label'], paper, *cells])} |")
     return "\n".join(lines)
 
 
 def _level(row: dict) -> str:
-    return f"{row['mean']:.1f} ({row['low']:.1f} to {row['high']:.1f}), n = {row['seeds']:.0f}"
+    return f"{row['mean']:.1f} ({row['low']:.1f} to {row['high']:.1f}), n = {seeds_of(row['seeds'], row)}"
 
 
 def _cell(row: dict) -> str:
@@ -47,7 +56,7 @@ def _cell(row: dict) -> str:
         found += f" ({row['difference_low']:+.1f} to {row['difference_high']:+.1f})"
     verdict = row["verdict"].removesuffix(" at this scale")
     said = "" if verdict == "not in the paper" else f"**{verdict}**, "
-    return f"{said}{found}, n = {row['pairs']:.0f}"
+    return f"{said}{found}, n = {seeds_of(row['pairs'], row)}"
 
 
 def write_findings(root: Path) -> None:

@@ -5,6 +5,7 @@ share (initial weights, labelled images, order). Where a question has several ar
 and with them its verdicts, hold jointly: each is at the level 1 - 0.05 / arms (Bonferroni).
 """
 
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -48,13 +49,13 @@ def verdict(low: float, high: float, paper_difference: float) -> str:
 
 
 def compare(runs: pd.DataFrame, arms: dict[str, dict], metric: str = "top1", paper: str = "paper") -> pd.DataFrame:
-    """The table of arms, those with finished runs, in the order of ``arms``.
+    """The table of arms, those with finished runs, question by question; an arm of several questions has several rows.
 
-    Columns: arm, question, heading, label, probes; reference (the arm that those of the question are compared with) and
-    reference_paper; paper; seeds, mean, low, high; pairs, difference, difference_low, difference_high (joint over the
-    question's arms), level; paper_difference, verdict; mixed (of how many pairs the two runs differ in device,
-    precision, versions, code or images); fastest (images a second in pre-training, of the fastest seed); means of the
-    other numbers of the runs.
+    Columns: arm, question, heading, label, probes; repeated (in a question that is not its own); reference (the arm
+    that those of the question are compared with) and reference_paper; paper; seeds, mean, low, high; pairs, difference,
+    difference_low, difference_high (joint over the question's arms), level; paper_difference, verdict; mixed (of how
+    many pairs the two runs differ in device, precision, versions, code or images); fastest (images a second in
+    pre-training, of the fastest seed); means of the other numbers of the runs.
 
     Args:
         arms: ``pipeline.arms.load_arms()``.
@@ -68,19 +69,21 @@ def compare(runs: pd.DataFrame, arms: dict[str, dict], metric: str = "top1", pap
         raise ValueError("there is no finished run of the default arm, which all others are compared with")
     of_arm = {arm: group.set_index("seed") for arm, group in runs.groupby("arm")}
     present = [arm for arm in arms if arm in of_arm]
-    compared = [arm for arm in present if arm != arms[arm]["reference"]["arm"]]
-    counts = pd.Series({arm: arms[arm]["question"] for arm in compared}, dtype=object).value_counts()
+    listed = [(arm, {**arms[arm], "repeated": False}) for arm in present]
+    listed += [(arm, {**arms[arm], **about, "repeated": True}) for arm in present for about in arms[arm]["also"]]
+    listed.sort(key=lambda one: one[1]["place"])
+    counts = Counter(about["question"] for arm, about in listed if arm != about["reference"]["arm"])
     rows = []
-    for arm in present:
-        group, about = of_arm[arm], {key: arms[arm][key] for key in ("question", "heading", "label", "probes")}
-        reference = arms[arm]["reference"]
+    for arm, about in listed:
+        group, reference = of_arm[arm], about["reference"]
         mean, low, high = interval(group[metric].dropna())
-        row = {"arm": arm, **about, "reference": reference["arm"], "reference_paper": reference[paper]}
-        row |= {"paper": arms[arm][paper], "seeds": int(group[metric].count()), "mean": mean, "low": low, "high": high}
-        if arm in compared:
+        row = {"arm": arm, **{key: about[key] for key in ("question", "heading", "label", "probes", "repeated")}}
+        row |= {"reference": reference["arm"], "reference_paper": reference[paper]}
+        row |= {"paper": about[paper], "seeds": int(group[metric].count()), "mean": mean, "low": low, "high": high}
+        if arm != reference["arm"]:
             level = 1 - (1 - LEVEL) / counts[about["question"]]
             row |= paired(group, of_arm.get(reference["arm"], group[:0]), metric, level)
-            ours, theirs = arms[arm][paper], reference[paper]
+            ours, theirs = about[paper], reference[paper]
             row["paper_difference"] = np.nan if ours is None or theirs is None else ours - theirs
             row["verdict"] = verdict(row["difference_low"], row["difference_high"], row["paper_difference"])
         if "pretrain_images_per_second" in group:

@@ -43,22 +43,25 @@ def to_markdown(
     left_out: list[str],
     pictures: dict[str, list[str]],
     probes: pd.DataFrame | None = None,
+    notes: dict[str, str] | None = None,
 ) -> str:
     """One small table per question, each beginning with what the arms are compared with and followed by its pictures.
 
     Args:
-        table: from ``statistics.compare``.
+        table: from ``statistics.compare``; with ``planned``, the seeds of each arm in the profile, they are told.
         left_out: a line for each run that is there but does not count.
         pictures: of each question, "" for those of all arms, paths relative to the table's own folder.
-        probes: the same table of the linear probe, with ``operations`` (of a forward pass, millions) and ``ms`` (of
-            pre-training, an image, the fastest seed); for the questions that ask for it.
+        probes: the same table of the linear probe, with ``operations`` (of a forward pass in pre-training, millions),
+            ``ms`` (of pre-training, an image, the fastest seed) and ``seen`` (images in pre-training, thousands); for
+            the questions that ask for it.
+        notes: a sentence below the tables of a question.
     """
     labelled = ", ".join(str(int(n)) for n in sorted(set(runs["labelled_images"])))
     lines = [f"# Ablations, profile {profile}", ""]
     lines += [
         f"Top-1 on the validation images in percent, after the last epoch of fine-tuning on {labelled} labelled "
         "images; beside it the best of the validated epochs, and the linear probe and k-NN of the frozen encoder's "
-        "output. "
+        "output before fine-tuning, from scratch with its random weights. "
         f"Repeat with `make repro PROFILE={profile}`.",
         "",
         "Intervals of means are 95 % Student-t over seeds. Differences are paired by seed; where a "
@@ -87,6 +90,13 @@ def to_markdown(
         if probes is not None and arms["probes"].any():
             lines += ["The linear probe of the encoder's output, and what the arms cost:", ""]
             lines += [*_compared(probes, probes[probes["question"] == question], PROBES), ""]
+            lines += [
+                "The best block is chosen on the same validation images and read without the final norm; ms are those "
+                "of the fastest run, of the loop with its input.",
+                "",
+            ]
+        if note := (notes or {}).get(question):
+            lines += [note, ""]
         lines += _shown(pictures.get(question, []))
     return "\n".join(lines)
 
@@ -94,7 +104,12 @@ def to_markdown(
 TOP1 = ("top-1 (95 % interval)", {"best": "top1_best", "linear": "probe_linear", "k-NN": "probe_knn"})
 PROBES = (
     "linear probe (95 % interval)",
-    {"best block's": "probe_linear_best", "forward, M operations": "operations", "pre-training, ms an image": "ms"},
+    {
+        "best block": "probe_linear_best",
+        "forward, M operations": "operations",
+        "pre-training, ms an image": "ms",
+        "thousand images seen": "seen",
+    },
 )
 
 
@@ -104,7 +119,7 @@ def _compared(table: pd.DataFrame, arms: pd.DataFrame, columns: tuple[str, dict[
     reference = arms["reference"].iloc[0]
     first = "default" if reference == "default" else "the first row"
     names = [f"difference to {first} (joint 95 % interval)", "paper", "paper's difference", "verdict"]
-    own = table[table["arm"] == reference].assign(paper=arms["reference_paper"].iloc[0])
+    own = table[table["arm"] == reference].head(1).assign(paper=arms["reference_paper"].iloc[0])
     rows = pd.concat([own, arms[arms["arm"] != reference]])
     lines = [f"| {' | '.join(['arm', 'seeds', metric, *others, *names])} |", f"|{'---|' * (7 + len(others))}"]
     return lines + [_markdown_row(row, others.values(), row["arm"] == reference) for row in rows.to_dict("records")]
@@ -120,7 +135,7 @@ def _markdown_row(row: dict, others: Iterable[str], is_reference: bool) -> str:
         return "–" if value is None or pd.isna(value) else format(value, form)
 
     ours = f"{number('mean')} ({number('low')} to {number('high')})" if row["seeds"] > 1 else number("mean")
-    cells = [row["label"], row["seeds"], ours, *(number(name) for name in others)]
+    cells = [row["label"], seeds_of(row["seeds"], row), ours, *(number(name) for name in others)]
     if is_reference:
         cells += ["–", number("paper"), "–", "–"]
     else:
@@ -133,11 +148,22 @@ def _markdown_row(row: dict, others: Iterable[str], is_reference: bool) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def write_tables(folder: str | Path, runs: pd.DataFrame, table: pd.DataFrame, markdown: str) -> None:
-    """Writes ``runs.csv``, ``ablations.csv``, ``ablations.md`` and, for ``dvc metrics show``, ``summary.json``."""
+def seeds_of(count: float, row: dict) -> str:
+    """``3``, or ``3 of 5`` while the profile's runs of an arm are not finished."""
+    planned = row.get("planned", count)
+    return f"{count:.0f}" if pd.isna(planned) or planned <= count else f"{count:.0f} of {planned:.0f}"
+
+
+def write_tables(
+    folder: str | Path, runs: pd.DataFrame, table: pd.DataFrame, markdown: str, probes: pd.DataFrame | None = None
+) -> None:
+    """Writes ``runs.csv``, ``ablations.csv`` and ``.md``, ``probes.csv``, and ``summary.json`` for ``dvc metrics``."""
     folder = Path(folder)
     write_csv(folder / "runs.csv", runs)
     write_csv(folder / "ablations.csv", table.round(4))
+    if probes is not None:
+        write_csv(folder / "probes.csv", probes[probes["probes"]].round(4))
     write_text(folder / "ablations.md", markdown)
     keys = [key for key in ("mean", "low", "high", "difference", "verdict") if key in table]
-    write_json(folder / "summary.json", json.loads(table.set_index("arm")[keys].round(2).to_json(orient="index")))
+    own = table[~table["repeated"]].set_index("arm")[keys]
+    write_json(folder / "summary.json", json.loads(own.round(2).to_json(orient="index")))

@@ -2,10 +2,13 @@
 
 import pandas as pd
 
+PLACES = ["default", "pretraining", "scope", "loss", "ratio", "method", "gain", "depth", "conv"]
+
 
 def _arm(question, label, paper, reference=None, **more):
     reference = reference or {"arm": "default", "paper": 82.8, "paper_linear": None}
-    about = {"question": question, "heading": f"Which {question}?", "label": label, "paper": paper, "probes": False}
+    about = {"question": question, "place": PLACES.index(question), "heading": f"Which {question}?", "label": label}
+    about |= {"paper": paper, "probes": False, "also": []}
     return {**about, "paper_linear": None, "reference": reference, "pretrain": {}, **more}
 
 

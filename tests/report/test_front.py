@@ -33,6 +33,16 @@ def test_a_row_an_arm_and_a_column_a_profile_with_results(project):
     assert [line.split(" | ")[0] for line in lines[3:]] == ["| All", "| L2", "| Ratio 0.2", "| Scratch"]
 
 
+def test_other_references_are_named_and_unfinished_arms_counted(project):
+    table = compare(runs(default=[50, 60], mae=[40, 50], mae_2=[41, 52]), ARMS)
+    table["planned"] = [2, 5, 3]
+    table.to_csv(project / "results/quick/ablations.csv", index=False)
+    lines = findings(project).splitlines()
+    assert "| MAE |  | -10.0 (-10.0 to -10.0), n = 2 of 5 |  |" in lines
+    heading = lines.index("| *Which depth? Differences from: MAE* | | | |")
+    assert lines[heading + 1].startswith("| MAE 2 | +0.1 | **undecided**, +1.5 (")
+
+
 def test_only_what_lies_between_the_marks_is_written(project):
     (project / "README.md").write_text(
         "before\n<!-- findings: written by python -m simmimlib.report.front -->\nold\n<!-- end of findings -->\nafter\n"

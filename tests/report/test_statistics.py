@@ -51,6 +51,20 @@ def test_a_question_may_have_a_reference_of_its_own():
     assert alone.loc["mae_2", "pairs"] == 0 and alone.loc["mae_2", "verdict"] == "undecided at this scale"
 
 
+def test_an_arm_may_be_compared_in_several_questions():
+    """Its other rows are marked, have that question's reference, and count among its arms."""
+    gain = {"question": "gain", "place": 6, "heading": "Which gain?", "probes": True}
+    gain["reference"] = {"arm": "scratch", "paper": None, "paper_linear": None}
+    arms = ARMS | {arm: ARMS[arm] | {"also": [gain]} for arm in ("default", "mae")}
+    table = compare(runs(default=[50, 60], scratch=[40, 52], mae=[45, 54], mae_2=[46, 56]), arms)
+    again = table[table["repeated"]].set_index("arm")
+    assert again.index.tolist() == ["default", "mae"] and set(again["question"]) == {"gain"}
+    assert again["difference"].tolist() == [9, 3.5] and set(again["level"]) == {0.975}
+    assert again["paper_difference"].isna().all()
+    assert table["question"].tolist() == ["default", "pretraining", "method", "gain", "gain", "depth"]
+    assert table.loc[~table["repeated"], "arm"].tolist() == ["default", "scratch", "mae", "mae_2"]
+
+
 def test_a_missing_seed_is_left_out_of_the_pairs():
     frame = runs(default=[50, 60, 70], l2=[51, 61, 71])
     frame = frame[~((frame["arm"] == "l2") & (frame["seed"] == 2))]

@@ -73,9 +73,6 @@ def test_files(tmp_path, frame):
     write_tables(tmp_path, frame, table, markdown_of(frame))
     again = compare(pd.read_csv(tmp_path / "runs.csv"), ARMS)
     pd.testing.assert_frame_equal(again, table)  # runs.csv recomputes every verdict
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "ablations.csv",
-        "ablations.md",
-        "runs.csv",
-        "summary.json",
-    ]
+    write_tables(tmp_path, frame, table, markdown_of(frame), table)
+    files = ["ablations.csv", "ablations.md", "probes.csv", "runs.csv", "summary.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
