@@ -45,7 +45,7 @@ def trend(values: pd.DataFrame) -> tuple[float, float, float]:
 
     Of each seed, the slope of the least-squares line over log2(depth).
     """
-    values = values.loc[:, values.columns > 0]
+    values = values.drop(columns=0, errors="ignore")  # the linear head
     if values.shape[1] < 2:
         return np.nan, np.nan, np.nan
     return interval(np.polyfit(np.log2(values.columns.to_numpy(float)), values.to_numpy(float).T, 1)[0])
@@ -61,7 +61,7 @@ def trend_line(runs: pd.DataFrame, arms: dict[str, dict], question: str) -> str:
             return ""
         mean, low, high = (round(value, 1) + 0.0 for value in (mean, low, high))  # -0.0 is 0.0
         found.append(f"{label} {mean:+.1f} ({low:+.1f} to {high:+.1f})")
-    depths = values.columns[values.columns > 0]
+    depths = [depth for depth in values if depth != 0]
     return (
         f"Points with each doubling of the depth, from {depths[0]} to {depths[-1]} blocks, 95 % intervals over "
         f"{len(values)} seeds: {'; '.join(found)}."
