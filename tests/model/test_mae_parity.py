@@ -1,4 +1,4 @@
-"""Numbers of the official MAE and FCMAE (golden files, where they are)."""
+"""Numbers of the official MAE and FCMAE (tests/golden)."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Numbers of other code: the official one's (golden files, where they are) and Hugging Face's."""
+"""Numbers of other code: the official one's (tests/golden) and Hugging Face's."""
 
 import json
 import logging
