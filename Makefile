@@ -27,7 +27,7 @@ report: $(READY) # results/<profile>/report.html, one file to send, from the tab
 test: $(READY) # all tests (those of a cluster need Debian's slurm-wlm and munge)
 	python -m pytest
 
-test-fast: $(READY) # the tests that take seconds: two minutes in all
+test-fast: $(READY) # the tests that take seconds: three minutes in all
 	python -m pytest -m "not slow"
 
 lab: $(READY) # JupyterLab, at the tour
@@ -38,7 +38,7 @@ lint: $(READY) # style and types
 	ruff format --check .
 	mypy
 
-format: $(READY) # mend the style; write the notebooks' parameters cells from the settings
+format: $(READY) # fix the style; write the notebooks' parameters cells from the settings
 	python -m simmimlib.notebook
 	ruff check --fix .
 	ruff format .

@@ -14,7 +14,7 @@ COMPILE_STEPS = 2000  # on a GPU, runs of at least so many steps are compiled
 
 
 def pick_device() -> torch.device:
-    """A GPU if there is one, else the CPU; ``SIMMIM_DEVICE`` (for example ``cpu`` or ``cuda:1``) overrules.
+    """A GPU if there is one, else the CPU; ``SIMMIM_DEVICE`` (for example ``cpu`` or ``cuda:1``) overrides it.
 
     Of several processes each gets the GPU of its local rank.
     """
@@ -39,7 +39,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def compiles(device: torch.device, steps: int) -> bool:
-    """Whether a run of so many steps is compiled; ``SIMMIM_COMPILE`` (0 or 1) overrules."""
+    """Whether a run of so many steps is compiled; ``SIMMIM_COMPILE`` (0 or 1) overrides it."""
     if wish := os.environ.get("SIMMIM_COMPILE"):
         one_of("SIMMIM_COMPILE", wish, ("0", "1"))
         return wish == "1"

@@ -8,7 +8,7 @@ all devices together, and of several processes the first one writes the files.
 - Several machines: start the same command in every process with ``torchrun`` or ``srun``, which say in the environment
   who is who; for a pipeline stage ``torchrun --nnodes=2 --nproc-per-node=8 ... -m simmimlib.pipeline.stages pretrain``.
 
-``SIMMIM_PROCESSES`` overrules the number of processes on this machine (on CPUs they talk through gloo).
+``SIMMIM_PROCESSES`` overrides the number of processes on this machine (on CPUs they talk through gloo).
 """
 
 import os

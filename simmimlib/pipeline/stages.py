@@ -18,7 +18,7 @@ Started in several processes (``torchrun``, ``srun``; see ``machine/distributed.
 and the others the loop that the notebook calls.
 
 On the CPU a stage computes with one thread, as torchrun's processes do, so that its numbers do not depend on how many
-runs share the machine (``campaign.py`` gives each core one); ``OMP_NUM_THREADS`` overrules.
+runs share the machine (``campaign.py`` gives each core one); ``OMP_NUM_THREADS`` overrides it.
 """
 
 import argparse
