@@ -10,7 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from simmimlib.data.packed import Packed, Split
 from simmimlib.data.packed_images import normaliser
-from simmimlib.model.encoders import Encoder, create_encoder
+from simmimlib.model.encoders import Encoder, create_encoder, is_convnext
 from simmimlib.model.masking import MaskGenerator
 from simmimlib.settings import Settings, require, setting
 
@@ -33,7 +33,10 @@ class TourSettings(Settings):
     def check(self) -> None:
         require(not self.picture or Path(self.picture).is_file(), "picture", self.picture, "an image file, or empty")
         with torch.device("meta"):
-            self.patch_size = self.build_encoder().patch_size
+            encoder = self.build_encoder()
+        known = "a ViT, DeiT, BEiT, Swin or SwinV2, whose tokens can be shown"
+        require(not is_convnext(encoder.model), "encoder", self.encoder, known)
+        self.patch_size = encoder.patch_size
         MaskGenerator(self.image_size, self.mask_patch_size, self.patch_size, self.mask_ratio)
 
     def build_encoder(self) -> Encoder:

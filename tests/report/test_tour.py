@@ -38,6 +38,11 @@ def test_the_picture_of_the_tour_is_cut_to_a_square(tmp_path):
     assert images.shape == (1, 3, 64, 64) and packed.size == 64
 
 
+def test_the_tour_needs_tokens():
+    with pytest.raises(ValueError, match="encoder = 'convnextv2_atto': must be a ViT, DeiT, BEiT, Swin or SwinV2, whose"):
+        TourSettings(encoder="convnextv2_atto", encoder_kwargs={})
+
+
 def test_the_trained_model_that_git_keeps_has_learnt_something():
     assert os.path.getsize(TRAINED) < 1e6  # noqa: PTH202
     model = load_model(TRAINED).eval()
