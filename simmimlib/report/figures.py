@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from simmimlib.machine.files import whole_file
 from simmimlib.machine.progress import interactive
@@ -41,7 +41,7 @@ def curves(
         axis.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.15)
     several = any(len(frames) > 1 for frames in logs.values())
     axis.set(xlabel="epoch" + " (shaded: the range over seeds)" * several, ylabel=ylabel, title=title)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(FixedLocator(list(epochs)) if len(epochs) < 13 else MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     if len(logs) > 1:
         axis.legend(fontsize=8)
