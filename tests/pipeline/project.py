@@ -29,10 +29,12 @@ def run(*command, cwd, ok=True) -> str:
 
 def copy_project(root: Path) -> Path:
     root.mkdir()
+    # mine.yaml: a user's own profile, by the README's name, which tests write too
+    left_out = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "mine.yaml")
     for part in PARTS:
         source = ROOT / part
         if source.is_dir():
-            shutil.copytree(source, root / part, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+            shutil.copytree(source, root / part, ignore=left_out)
         else:
             shutil.copy(source, root / part)
     return root
