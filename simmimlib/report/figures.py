@@ -141,10 +141,11 @@ def accuracy_over_images_seen(table: pd.DataFrame) -> Figure:
 def accuracy_over_depth(runs: pd.DataFrame, arms: dict[str, dict], floors: dict[str, float]) -> Figure:
     """Fine-tuning and linear probes over the blocks of SimMIM's head (0: one linear layer) and of MAE's decoder.
 
-    Means and 95 % intervals over the seeds that all arms of a panel have; ``floors`` are drawn as dotted lines.
+    Means and 95 % intervals over the seeds that all arms of a panel have, a panel for each question that has two depths
+    or more; ``floors`` are drawn as dotted lines.
     """
     shown = {question: by_depth(runs, arms, question, "top1") for question in QUESTIONS}
-    shown = {question: values for question, values in shown.items() if not values.empty}
+    shown = {question: values for question, values in shown.items() if values.shape[1] > 1}
     figure, axes = plt.subplots(
         1, len(shown), figsize=(5 * len(shown), 4.2), sharey=True, layout="constrained", squeeze=False
     )
@@ -176,7 +177,9 @@ def accuracy_over_blocks(logs: dict[str, list[pd.DataFrame]]) -> Figure:
             values = pd.concat([frame.set_index("block")[probe] for frame in frames], axis=1)
             if -1 in values.index:
                 floor = values.loc[-1].mean()
-                axis.axhline(floor, color="k", linestyle="--", linewidth=1, label=f"raw pixels, {floor:.1f}")
+                axis.axhline(floor, color="k", linestyle="--", linewidth=1)
+                left, beside = (0.01, floor), {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+                axis.annotate(f"raw pixels, {floor:.1f}", left, (0, 3), fontsize=8, **beside)
             values = values.drop(index=-1, errors="ignore")
             # the own output is the last
             values = values.loc[[*sorted(block for block in values.index if block > 0), 0]]
@@ -186,7 +189,7 @@ def accuracy_over_blocks(logs: dict[str, list[pd.DataFrame]]) -> Figure:
             axis.set_xticks(place, [f"{block}" if block else "output" for block in values.index])
         axis.set(xlabel="block (shaded: the range over seeds)", ylabel="top-1, %", title=title)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
