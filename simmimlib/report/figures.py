@@ -159,7 +159,7 @@ def accuracy_over_depth(runs: pd.DataFrame, arms: dict[str, dict], floors: dict[
         for (label, value), style in zip(floors.items(), (":", "-."), strict=False):
             axis.axhline(value, color="k", linestyle=style, linewidth=1, label=f"{label}, {value:.1f}")
         axis.set_xticks(place, [f"{depth}" for depth in tuned.columns])
-        axis.set(xlabel=f"blocks ({len(tuned)} seeds, 95 % intervals)", title=QUESTIONS[question])
+        axis.set(xlabel=f"blocks (n = {len(tuned)}; 95 % intervals from three seeds on)", title=QUESTIONS[question])
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("top-1, %")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
