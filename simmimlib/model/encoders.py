@@ -14,6 +14,8 @@ from timm.layers import PatchEmbed, build_sincos2d_pos_embed, trunc_normal_
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
+from simmimlib.model.masking import check_mask
+
 # timm modules whose models start with `patch_embed` (ConvNeXt: `stem`) and end in one feature vector per position
 FAMILIES = ("vision_transformer", "deit", "beit", "swin_transformer", "swin_transformer_v2", "convnext")
 ALLOWED = "any timm ViT, DeiT, BEiT, Swin, SwinV2 or ConvNeXtV2"
@@ -36,8 +38,6 @@ class MaskedPatchEmbed(PatchEmbed):
         tokens = super().forward(images)  # [B, h * w, D] (ViT) or [B, h, w, D] (Swin)
         if mask is None:
             return tokens
-        if mask.shape != (len(images), *self.grid_size):
-            raise ValueError(f"mask of shape {tuple(mask.shape)}: must be {(len(images), *self.grid_size)}")
         hidden = mask.reshape(tokens.shape[:-1]).unsqueeze(-1)
         return torch.where(hidden, self.mask_token.to(tokens.dtype), tokens)
 
@@ -52,8 +52,6 @@ class MaskedStem(nn.Sequential):
         positions = super().forward(images)  # [B, D, h, w]
         if mask is None:
             return positions
-        if mask.shape != (expected := (len(images), *positions.shape[2:])):
-            raise ValueError(f"mask of shape {tuple(mask.shape)}: must be {tuple(expected)}")
         token = self.mask_token.to(positions.dtype).view(1, -1, 1, 1)
         return torch.where(mask.unsqueeze(1), token, positions)
 
@@ -81,8 +79,10 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """images [B, C, H, W], mask [B, H / patch_size, W / patch_size] or None -> [B, D, H / stride, W / stride]."""
-        if mask is not None and not self.has_mask_token:
-            raise ValueError("this encoder was created without a mask token: it takes whole images only")
+        if mask is not None:
+            if not self.has_mask_token:
+                raise ValueError("this encoder was created without a mask token: it takes whole images only")
+            check_mask(mask, images, self.patch_size)
         # Every family hands its input straight to `patch_embed` or `stem`, so the pair travels through timm's own
         # forward.
         features = self.model.forward_features(images if mask is None else (images, mask))
@@ -192,6 +192,11 @@ def stages_of(model: Any) -> list[list[nn.Module]]:
     """The blocks of a timm model, stage by stage; a ViT is one stage."""
     stages = model.stages if is_convnext(model) else getattr(model, "layers", [model])
     return [list(stage.blocks) for stage in stages]
+
+
+def blocks_of(model: Any) -> list[nn.Module]:
+    """The blocks of a timm model, first to last; of a Swin or ConvNeXt those of all stages."""
+    return [block for blocks in stages_of(model) for block in blocks]
 
 
 def add_mask_token(model: Any) -> None:

@@ -135,3 +135,10 @@ class MaskGenerator:
 def upsample_mask(mask: Tensor, patch_size: int) -> Tensor:
     """Token mask [B, h, w] to pixel mask [B, 1, h * patch_size, w * patch_size]."""
     return mask.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2).unsqueeze(1)
+
+
+def check_mask(mask: Tensor, images: Tensor, patch_size: int) -> None:
+    """Raises ValueError unless the mask is [B, H / patch_size, W / patch_size] for images [B, C, H, W]."""
+    expected = (len(images), images.shape[2] // patch_size, images.shape[3] // patch_size)
+    if mask.shape != expected:
+        raise ValueError(f"mask of shape {tuple(mask.shape)}: must be {expected}")

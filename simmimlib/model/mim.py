@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmimlib.model.encoders import Encoder
-from simmimlib.model.masking import upsample_mask
+from simmimlib.model.masking import check_mask, upsample_mask
 from simmimlib.model.targets import SCOPES, BinTarget, ClusterTarget, PixelTarget, scoped_mean
 
 
@@ -64,10 +64,7 @@ class MaskedImageModel(nn.Module):
         Raises:
             ValueError: a mask of another shape.
         """
-        patch = self.encoder.patch_size
-        expected = (len(images), images.shape[2] // patch, images.shape[3] // patch)
-        if mask.shape != expected:
-            raise ValueError(f"mask of shape {tuple(mask.shape)}: must be {expected}")
+        check_mask(mask, images, self.encoder.patch_size)
         raw = self.predict(images, mask)
         errors = self.target.errors(raw.float(), self.downsample(images))
         pixel_mask = self.downsample(upsample_mask(mask, self.encoder.patch_size).float())

@@ -17,33 +17,45 @@ END = "<!-- end of findings -->"
 
 
 def findings(root: Path) -> str:
-    """The table as Markdown: the default's level, then a row an arm; a column a profile that has results.
+    """The table as Markdown: the default's level, then a row an arm, question by question; a column a profile.
 
-    A question whose arms are compared with another arm than the default has a row of its own, which names it.
+    What is compared with another arm than the default comes in a second table, folded up, which names that arm.
     """
     tables = {
         name: {(row["question"], row["arm"]): row for row in pd.read_csv(path).to_dict("records")}
         for name in PROFILES
         if (path := root / f"results/{name}/ablations.csv").is_file()
     }
-    lines = [f"| | paper | {' | '.join(f'`{name}`' for name in tables)} |", f"|---|---|{'---|' * len(tables)}"]
     levels = [table["default", "default"] for table in tables.values()]
-    paper = levels[0]["paper"]
-    lines += [f"| Default: top-1 (95 % interval) | {paper:.1f} | {' | '.join(map(_level, levels))} |"]
     labels = {arm: row["label"] for table in tables.values() for (_, arm), row in table.items()}
     compared = [{key: row for key, row in t.items() if not math.isnan(row["difference"])} for t in tables.values()]
     largest = max(compared, key=len)  # its order is that of the grid
+    first = ["", "**Default: top-1**", f"{levels[0]['paper']:.1f}", *map(_level, levels)]
+    grid, others = [first], []
     before = ""
     for key in dict.fromkeys([*largest, *(key for table in compared for key in table)]):
         row = next(table[key] for table in compared if key in table)
-        if row["reference"] != "default" and row["question"] != before:
-            first = labels[row["reference"]]
-            lines.append(f"| *{row['heading']} Differences from: {first}* |{' |' * (1 + len(tables))}")
+        heading = row["heading"] if row["question"] != before else ""
         before = row["question"]
         paper = "" if math.isnan(row["paper_difference"]) else f"{row['paper_difference']:+.1f}"
-        cells = [_cell(table[key]) if key in table else "" for table in compared]
-        lines.append(f"| {' | '.join([row['label'], paper, *cells])} |")
-    return "\n".join(lines)
+        cells = [row["label"], paper, *(_cell(table[key]) if key in table else "" for table in compared)]
+        if row["reference"] == "default":
+            grid.append([heading, *cells])
+        else:
+            others.append([heading, labels[row["reference"]] if heading else "", *cells])
+    columns = ["arm", "paper", *(f"`{name}`" for name in tables)]
+    text = _markdown(["question", *columns], grid)
+    if others:
+        summary = f"<details><summary>{len(others)} comparisons with other arms than the default</summary>"
+        text += f"\n\n{summary}\n\n{_markdown(['question', 'differences from', *columns], others)}\n\n</details>"
+    return text
+
+
+def _markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A profile without a number in any row has no column here."""
+    kept = [i for i, name in enumerate(columns) if not name.startswith("`") or any(row[i] for row in rows)]
+    columns, rows = [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *rows])
 
 
 def _level(row: dict) -> str:

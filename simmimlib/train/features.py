@@ -12,13 +12,8 @@ from torch import Tensor, nn
 from simmimlib.data.batches import Batches
 from simmimlib.machine.device import autocast
 from simmimlib.machine.distributed import local_shard, sum_over_ranks
-from simmimlib.model.encoders import is_convnext, stages_of
+from simmimlib.model.encoders import blocks_of, is_convnext
 from simmimlib.settings import require
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a timm model, first to last; of a Swin or ConvNeXt those of all stages."""
-    return [block for blocks in stages_of(model) for block in blocks]
 
 
 def check_block(model: nn.Module, block: int) -> None:

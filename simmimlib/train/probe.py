@@ -17,9 +17,10 @@ from simmimlib.machine.device import pick_device, resolve_precision
 from simmimlib.machine.distributed import launch, local_shard, rank, sum_over_ranks
 from simmimlib.machine.files import check_writable, write_csv, write_json
 from simmimlib.machine.provenance import provenance
+from simmimlib.model.encoders import blocks_of
 from simmimlib.settings import require
 from simmimlib.train.classifiers import fit_linear, weighted_vote
-from simmimlib.train.features import blocks_of, check_block, extract
+from simmimlib.train.features import check_block, extract
 from simmimlib.train.settings import ProbeSettings
 from simmimlib.weights.export import export_timm
 

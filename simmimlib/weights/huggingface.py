@@ -13,7 +13,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from simmimlib.model.encoders import Encoder, stages_of
+from simmimlib.model.encoders import Encoder, blocks_of, stages_of
 from simmimlib.model.simmim import SimMIM
 from simmimlib.settings import one_of, require
 
@@ -64,7 +64,7 @@ def to_huggingface(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]
     timm_model: Any = encoder.model if isinstance(encoder, Encoder) else encoder
     one_of("model", type(timm_model).__name__, FAMILIES)
     kind, name, block_kind = FAMILIES[type(timm_model).__name__]
-    blocks = [block for blocks in stages_of(timm_model) for block in blocks]
+    blocks = blocks_of(timm_model)
     _check_blocks(blocks, block_kind)
     config = {"model_type": kind, "architectures": [f"{name}Model"], **_sizes(timm_model)}
     config |= _swin(timm_model, kind, config) if kind.startswith("swin") else _vit(timm_model, blocks, kind)

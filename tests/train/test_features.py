@@ -7,8 +7,8 @@ import torch
 from conftest import TINY
 from simmimlib.data.batches import validation_batches
 from simmimlib.data.packed import open_packed
-from simmimlib.model.encoders import create_encoder
-from simmimlib.train.features import block_features, blocks_of, check_block, extract
+from simmimlib.model.encoders import blocks_of, create_encoder
+from simmimlib.train.features import block_features, check_block, extract
 from simmimlib.weights.export import export_timm
 
 SWIN = {"embed_dim": 16, "depths": (1, 2, 1), "num_heads": (1, 2, 2), "window_size": 4}
