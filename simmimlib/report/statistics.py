@@ -1,8 +1,11 @@
 """Statistics over seeds: intervals, paired differences to a reference, verdicts beside the paper's. No torch.
 
-Intervals are Student-t intervals over seeds; differences are paired by seed, which removes what the arms of one seed
-share (initial weights, labelled images, order). Where a question has several arms, the intervals of its differences,
-and with them its verdicts, hold jointly: each is at the level 1 - 0.05 / arms (Bonferroni).
+Intervals of means are Student-t intervals over seeds. Differences are paired by seed, which removes what the arms of
+one seed share (initial weights, labelled images, order). What is left, the standard deviation of a run after the
+effects of its seed and its arm, is estimated from all runs of a question together, as in an analysis of variance with
+seeds as blocks; three seeds of one arm alone would leave two degrees of freedom. With a single arm this is the paired
+t-test. Where a question has several arms, the intervals of its differences, and with them its verdicts, hold jointly:
+each is at the level 1 - 0.05 / arms (Bonferroni).
 """
 
 from collections import Counter
@@ -53,9 +56,9 @@ def compare(runs: pd.DataFrame, arms: dict[str, dict], metric: str = "top1", pap
 
     Columns: arm, question, heading, label, probes; repeated (in a question that is not its own); reference (the arm
     that those of the question are compared with) and reference_paper; paper; seeds, mean, low, high; pairs, difference,
-    difference_low, difference_high (joint over the question's arms), level; paper_difference, verdict; mixed (of how
-    many pairs the two runs differ in device, precision, versions, code or images); fastest (images a second in
-    pre-training, of the fastest seed); means of the other numbers of the runs.
+    difference_low, difference_high (joint over the question's arms), level, residual_sd, df; paper_difference, verdict;
+    mixed (of how many pairs the two runs differ in device, precision, versions, code or images); fastest (images a
+    second in pre-training, of the fastest seed); means of the other numbers of the runs.
 
     Args:
         arms: ``pipeline.arms.load_arms()``.
@@ -73,6 +76,11 @@ def compare(runs: pd.DataFrame, arms: dict[str, dict], metric: str = "top1", pap
     listed += [(arm, {**arms[arm], **about, "repeated": True}) for arm in present for about in arms[arm]["also"]]
     listed.sort(key=lambda one: one[1]["place"])
     counts = Counter(about["question"] for arm, about in listed if arm != about["reference"]["arm"])
+    wide, residuals = runs.pivot(index="seed", columns="arm", values=metric), {}
+    for question in counts:
+        compared = [about["reference"]["arm"] for _, about in listed if about["question"] == question]
+        compared += [arm for arm, about in listed if about["question"] == question]
+        residuals[question] = residual(wide.reindex(columns=list(dict.fromkeys(compared))))
     rows = []
     for arm, about in listed:
         group, reference = of_arm[arm], about["reference"]
@@ -82,7 +90,8 @@ def compare(runs: pd.DataFrame, arms: dict[str, dict], metric: str = "top1", pap
         row |= {"paper": about[paper], "seeds": int(group[metric].count()), "mean": mean, "low": low, "high": high}
         if arm != reference["arm"]:
             level = 1 - (1 - LEVEL) / counts[about["question"]]
-            row |= paired(group, of_arm.get(reference["arm"], group[:0]), metric, level)
+            found = residuals[about["question"]]
+            row |= paired(group, of_arm.get(reference["arm"], group[:0]), metric, level, *found)
             ours, theirs = about[paper], reference[paper]
             row["paper_difference"] = np.nan if ours is None or theirs is None else ours - theirs
             row["verdict"] = verdict(row["difference_low"], row["difference_high"], row["paper_difference"])
@@ -93,11 +102,31 @@ def compare(runs: pd.DataFrame, arms: dict[str, dict], metric: str = "top1", pap
     return pd.DataFrame(rows)
 
 
-def paired(group: pd.DataFrame, reference: pd.DataFrame, metric: str, level: float) -> dict:
-    """Difference to the reference over the seeds that both have."""
+def residual(values: pd.DataFrame) -> tuple[float, int]:
+    """Standard deviation of a run after the effects of its seed and its arm, and the degrees of freedom.
+
+    Args:
+        values: a row a seed, a column an arm; not a number where a run is missing.
+    """
+    seeds, arms = np.nonzero(values.notna().to_numpy())
+    found = values.to_numpy(float)[seeds, arms]
+    effects = np.hstack([np.eye(values.shape[0])[seeds], np.eye(values.shape[1])[arms]])
+    fitted, _, rank, _ = np.linalg.lstsq(effects, found)
+    df = len(found) - int(rank)
+    return (float(np.sqrt(((found - effects @ fitted) ** 2).sum() / df)) if df else np.nan), df
+
+
+def paired(
+    group: pd.DataFrame, reference: pd.DataFrame, metric: str, level: float, residual_sd: float, df: int
+) -> dict:
+    """Difference to the reference over the seeds that both have; no interval for a single one."""
     seeds = group.index[group[metric].notna()].intersection(reference.index[reference[metric].notna()])
-    difference, low, high = interval(group.loc[seeds, metric] - reference.loc[seeds, metric], level)
+    difference = (group.loc[seeds, metric] - reference.loc[seeds, metric]).mean()
+    half = np.nan
+    if len(seeds) > 1:
+        half = stats.t.ppf((1 + level) / 2, df) * residual_sd * np.sqrt(2 / len(seeds))
     origin = [name for name in PAIRED if name in group and name in reference]
     mixed = (group.loc[seeds, origin] != reference.loc[seeds, origin]).any(axis=1).sum() if origin else 0
-    row = {"pairs": len(seeds), "difference": difference, "difference_low": low, "difference_high": high}
-    return row | {"level": level, "mixed": int(mixed)}
+    row = {"pairs": len(seeds), "difference": difference}
+    row |= {"difference_low": difference - half, "difference_high": difference + half}
+    return row | {"level": level, "residual_sd": residual_sd, "df": df, "mixed": int(mixed)}

@@ -64,11 +64,10 @@ def to_markdown(
         "output before fine-tuning, from scratch with its random weights. "
         f"Repeat with `make repro PROFILE={profile}`.",
         "",
-        "Intervals of means are 95 % Student-t over seeds. Differences are paired by seed; where a "
-        "question has several arms, their intervals and verdicts hold jointly (Bonferroni over its arms). The paper's "
-        "numbers are ImageNet-1K, Swin-B, 100 epochs, unless said otherwise. Verdicts compare differences, not levels: "
-        "gaps under "
-        f"{MARGIN} points count as none.",
+        "Intervals of means are 95 % Student-t over seeds. Differences are paired by seed, their error is that of "
+        "all runs of a question; where it has several arms, their intervals and verdicts hold jointly "
+        "(Bonferroni over its arms). The paper's numbers are ImageNet-1K, Swin-B, 100 epochs, unless said otherwise. "
+        f"Verdicts compare differences, not levels: gaps under {MARGIN} points count as none.",
         "",
         *origin_of(runs),
         "",
