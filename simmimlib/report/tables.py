@@ -64,9 +64,9 @@ def to_markdown(
         "output before fine-tuning, from scratch with its random weights. "
         f"Repeat with `make repro PROFILE={profile}`.",
         "",
-        "Intervals of means are 95 % Student-t over seeds. Differences are paired by seed, their error is that of "
-        "all runs of a question; where it has several arms, their intervals and verdicts hold jointly "
-        "(Bonferroni over its arms). The paper's numbers are ImageNet-1K, Swin-B, 100 epochs, unless said otherwise. "
+        "Intervals of means are 95 % Student-t over seeds. Differences are paired by seed, with one error estimated "
+        "for all runs of a question; where it has several arms, their intervals and verdicts hold jointly (Bonferroni "
+        "over its arms). The paper's numbers are ImageNet-1K, Swin-B, 100 epochs, unless said otherwise. "
         f"Verdicts compare differences, not levels: gaps under {MARGIN} points count as none.",
         "",
         *origin_of(runs),
