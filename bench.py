@@ -3,7 +3,8 @@
     steps       forward + backward + optimiser step of Swin-B (192 px) and ViT-B (224 px), against transformers' SimMIM
     input       each source of images against one batch that is used again and again
     size        time per image and memory for sets of 1,000 to 60,000 images
-    runs        on a CPU: a run at a time on all cores, against one on each core, whole processes
+    runs        on a CPU: a run at a time on all cores, against one on each core, whole processes; with --against,
+                also against the code of another checkout, a run at a time on all cores
     start       time to import, and a `dvc repro` with nothing to do
     gpu         on a GPU: the cost of `deterministic`, and several runs that share the device
     deviation   the packed source against decoding each image in every epoch: crops, pixels, the loss of a short run
@@ -350,7 +351,10 @@ def peak_resident_memory() -> int:
 # Runs ---------------------------------------------------------------------------------------------------------------
 
 RUN = """import json, sys
-from simmimlib import PretrainSettings, pretrain
+try:
+    from simmimlib.pretrain import PretrainSettings, pretrain  # the modules of 0.1.0
+except ImportError:
+    from simmimlib import PretrainSettings, pretrain
 pretrain(PretrainSettings.from_values(json.loads(sys.argv[1])))"""
 
 
@@ -364,20 +368,27 @@ def bench_runs(rounds: int) -> list[dict]:
         with tempfile.TemporaryDirectory() as folder:
             write_noise(Path(folder), images, 32, params["data"]["channels"])
 
-            def run(jobs: int, threads: int, folder=folder, params=params, epochs=epochs) -> None:
+            def run(jobs: int, threads: int, code=".", folder=folder, params=params, epochs=epochs) -> None:
                 started = []
                 for seed in range(jobs):
                     values = stage_parameters(params, "pretrain", "default", seed)
                     values |= {"data": folder, "epochs": epochs, "out": f"{folder}/{seed}", "warmup_epochs": 0}
-                    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-                    command = [sys.executable, "-c", RUN, json.dumps(values)]
+                    environment = os.environ | {
+                        "OMP_NUM_THREADS": str(threads),
+                        "PYTHONPATH": str(Path(code).resolve()),  # -P: not the working directory
+                    }
+                    command = [sys.executable, "-P", "-c", RUN, json.dumps(values)]
                     started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
                 assert not any(process.wait() for process in started)
 
             one, many = f"one at a time, {cores} threads", f"{cores} side by side, a thread each"
-            seconds = interleave(
-                {one: lambda run=run: run(1, cores), many: lambda run=run: run(cores, 1)}, rounds, 1, 0
-            )
+            ways = {one: lambda run=run: run(1, cores), many: lambda run=run: run(cores, 1)}
+            if ARGUMENTS.against:
+                there = ["git", "-C", ARGUMENTS.against, "rev-parse", "--short", "HEAD"]
+                commit = subprocess.run(there, capture_output=True, text=True, check=True).stdout.strip()
+                one = f"commit {commit}, one at a time, {cores} threads"
+                ways = {one: lambda run=run: run(1, cores, ARGUMENTS.against), **ways}
+            seconds = interleave(ways, rounds, 1, 0)
             seconds[many] = [time / cores for time in seconds[many]]
             for way, times in seconds.items():
                 share = ratio(seconds, one, way)
@@ -551,11 +562,12 @@ def main() -> None:
             temporary.write_text("\n\n".join(parts) + "\n")
 
 
-ARGUMENTS = argparse.Namespace(data="", rounds=3, sections=[])
+ARGUMENTS = argparse.Namespace(against="", data="", rounds=3, sections=[])
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], metavar="SECTION")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--data", default="", help="deviation: a folder packed from image files")
+    parser.add_argument("--against", default="", help="runs: the folder of another checkout")
     ARGUMENTS = parser.parse_args()
     main()

@@ -115,8 +115,17 @@ def count_visible(mask: Tensor, expected: int | None) -> int:
     return low
 
 
-def init_mae(model: MAE) -> None:
-    """The official initialisation, of encoder and decoder: Xavier uniform, biases 0; tokens normal of std 0.02."""
+def init_mae(model: MaskedImageModel) -> None:
+    """The official initialisation, of encoder and decoder: Xavier uniform, biases 0; tokens normal of std 0.02.
+
+    Also of a ``SimMIM``, so that the two can start from the same weights; its 1x1 convolutions stay as they are.
+
+    Raises:
+        ValueError: an encoder that is no timm ViT.
+    """
+    if not isinstance(model.encoder.model, VisionTransformer):
+        name = model.encoder.config["name"]
+        raise ValueError(f"weight_init = 'mae': the encoder must be one of timm's ViTs and DeiTs, not {name}")
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -124,6 +133,6 @@ def init_mae(model: MAE) -> None:
                 nn.init.zeros_(module.bias)
     projection = model.encoder.model.patch_embed.proj.weight
     nn.init.xavier_uniform_(projection.view(len(projection), -1))
-    for token in (model.mask_token, model.encoder.model.cls_token):
-        if token is not None:
-            nn.init.normal_(token, std=0.02)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("mask_token", "cls_token")):
+            nn.init.normal_(parameter, std=0.02)

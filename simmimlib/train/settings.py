@@ -91,6 +91,7 @@ class PretrainSettings(TrainSettings):
     mask_ratio: float = setting(0.5, "share of the mask patches to hide (paper: 0.6)")
     mask_strategy: str = setting("random", "random | square | block")
     positions: str = setting("", "of a ViT: learned | sincos; empty: sincos with mae, else learned")
+    weight_init: str = setting("", "timm | mae (of a ViT); empty: mae with mae, else timm")
     head: str = setting("linear", "linear | mlp | blocks_1, _2, _4, _8 | inverse_swin_t, _b")
     decoder_width: int = setting(0, "of mae, fcmae, head blocks_n; 0: encoder's / 2, / 2, / 1")
     decoder_depth: int = setting(1, "mae, fcmae: blocks of the decoder (official: mae 8, fcmae 1)")
@@ -110,6 +111,7 @@ class PretrainSettings(TrainSettings):
         super().check()
         one_of("method", self.method, METHODS)
         one_of("positions", self.positions, ("", *POSITIONS))
+        one_of("weight_init", self.weight_init, ("", "timm", "mae"))
         one_of("head", self.head, HEADS)
         one_of("loss", self.loss, LOSSES)
         one_of("scope", self.scope, SCOPES)
@@ -126,6 +128,8 @@ class PretrainSettings(TrainSettings):
             allowed = "1 with method = simmim, where head = blocks_n says the depth"
             require(self.decoder_depth == 1, "decoder_depth", self.decoder_depth, allowed)
             return
+        own = "mae" if self.method == "mae" else "timm"
+        require(self.weight_init in ("", own), "weight_init", self.weight_init, f"{own} with method = {self.method}")
         require(self.head == "linear", "head", self.head, f"linear with method = {self.method}, which has a decoder")
         require(self.resolution == 1, "resolution", self.resolution, f"1 with method = {self.method}")
         allowed = f"low enough to leave a patch visible with method = {self.method}"
@@ -158,7 +162,10 @@ class PretrainSettings(TrainSettings):
             init_mae(model)
             return model
         scored |= {"decoder_width": self.decoder_width, "decoder_heads": self.decoder_heads}
-        return SimMIM(encoder, self.head, resolution=self.resolution, **scored)
+        simmim = SimMIM(encoder, self.head, resolution=self.resolution, **scored)
+        if self.weight_init == "mae":
+            init_mae(simmim)
+        return simmim
 
     def masks(self, model_patch_size: int) -> MaskGenerator:
         return MaskGenerator(

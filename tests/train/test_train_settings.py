@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from simmimlib.train.settings import FinetuneSettings, PretrainSettings, ProbeSettings
 
@@ -51,6 +52,13 @@ from simmimlib.train.settings import FinetuneSettings, PretrainSettings, ProbeSe
             {"method": "mae", "decoder_heads": 3},
             "of 4 and of the 3 decoder_heads",
         ),
+        (PretrainSettings, {"weight_init": "xavier"}, "weight_init = 'xavier': must be one of"),
+        (PretrainSettings, {"method": "mae", "weight_init": "timm"}, "must be mae with method = mae"),
+        (
+            PretrainSettings,
+            {"weight_init": "mae", "encoder": "simmim_vit_base", "encoder_kwargs": {}, "image_size": 64},
+            "weight_init = 'mae': the encoder must be one of timm's ViTs and DeiTs, not simmim_vit_base",
+        ),
         (PretrainSettings, {"method": "mae", "decoder_depth": 0}, "decoder_depth = 0: must be 1 or more"),
         (PretrainSettings, {"decoder_heads": -1}, "decoder_heads = -1: must be 0 or more"),
         (PretrainSettings, {"beta2": 1.0}, "beta2 = 1.0: must be above 0 and below 1"),
@@ -87,3 +95,18 @@ def test_bad_settings(settings, values, message):
     with pytest.raises(ValueError) as error:
         settings.from_values(values)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("head", ["linear", "blocks_1"])
+def test_simmim_may_start_from_the_weights_of_mae(head):
+    """Xavier uniform: within a bound, of its standard deviation, without biases; timm's have 0.02 and biases of 0."""
+    torch.manual_seed(0)
+    model = PretrainSettings(weight_init="mae", positions="sincos", head=head).model(1)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert any(name.startswith("head") for name in layers) == (head == "blocks_1")
+    for layer in layers.values():
+        bound = (6 / sum(layer.weight.shape)) ** 0.5
+        assert layer.weight.abs().max() <= bound and not layer.bias.any()
+        assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    other = PretrainSettings(positions="sincos", head=head).model(1).encoder.model.blocks[0].attn.proj.weight
+    assert other.std().item() == pytest.approx(0.02, rel=0.1)
