@@ -158,8 +158,14 @@ def validation_batches(
     return Batches(split, images, batch_size, device, masks=masks)
 
 
+def evenly_spaced(split: Split, count: int) -> np.ndarray:
+    """``count`` rows at most: image folders are in the order of their classes, so that the first ones are of one."""
+    count = min(count, len(split))
+    return np.arange(count) * (len(split) - 1) // max(1, count - 1)
+
+
 def sample_images(split: Split, packed: Packed, image_size: int, count: int) -> Tensor:
     """``count`` images at most, evenly spaced over the split, to look at: normalised [n, C, H, W], on the CPU."""
-    rows = torch.linspace(0, len(split) - 1, min(count, len(split))).long().numpy()
-    images, _ = next(iter(validation_batches(split.select(rows), packed, image_size, count, torch.device("cpu"))))
+    spaced = split.select(evenly_spaced(split, count))
+    images, _ = next(iter(validation_batches(spaced, packed, image_size, count, torch.device("cpu"))))
     return images

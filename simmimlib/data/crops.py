@@ -58,6 +58,8 @@ def crop(images: Tensor, boxes: Tensor, size: int, interpolation: str = "bilinea
     images [B, C, H, W] in [0, 255], boxes [B, 4] (left, top, right, bottom as shares of the side; left and right
     exchanged = flipped) -> [B, C, size, size].
     """
+    if not len(images):  # of several processes one may have no share of the last batch
+        return images.new_zeros(0, images.shape[1], size, size)
     left, top, right, bottom = boxes.unbind(1)
     zero = torch.zeros_like(left)
     theta = torch.stack(

@@ -60,7 +60,7 @@ def open_packed(data: str) -> Packed:
     if data == "mnist5k":
         folder = Path(DataSettings().out)
         if "digest" not in read_manifest(folder):
-            pack(DataSettings())
+            pack(DataSettings(), timeout=600)  # several processes may start at once
     manifest = read_manifest(folder)
     if not manifest:
         raise ValueError(

@@ -16,13 +16,17 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from simmimlib.data.decoding import decode_split, update, write_header
 from simmimlib.data.sources import DataSettings, find_images
+from simmimlib.machine.files import read_json
 
 
-def pack(settings: DataSettings) -> dict:
+def pack(settings: DataSettings, timeout: float = 0) -> dict:
     """Decodes every image once and writes the packed folder ``settings.out``, whole or not at all.
 
     Works in ``.<name>.partial`` beside that folder. It stays when packing is interrupted or stops at unreadable files,
     and the next call resumes: images before the first file that is new, changed or mended are not decoded again.
+
+    Args:
+        timeout: seconds to wait for another process that packs into the same folder, whose result is then taken.
 
     Returns the manifest.
 
@@ -34,8 +38,9 @@ def pack(settings: DataSettings) -> dict:
     out = Path(settings.out).resolve()  # so that a link to another disk stays one
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(out.with_name(f".{out.name}.lock"), timeout=0):
-            return _pack(settings, out)
+        with FileLock(out.with_name(f".{out.name}.lock"), timeout=timeout):
+            packed = read_json(out / "manifest.json") if timeout else {}
+            return packed if "digest" in packed else _pack(settings, out)
     except Timeout as error:
         raise RuntimeError(
             f"out = {settings.out!r}: another process is packing into this folder; wait for it"

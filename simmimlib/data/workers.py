@@ -42,7 +42,7 @@ class TransformedImages:
         require(packed.channels in MODES, "channels", packed.channels, "1, 3 or 4 for timm's transforms")
         if files and not all(split.files[:1]):
             raise ValueError(f"source = 'files': {packed.name} was packed from arrays; use source = 'packed'")
-        self.device, self.seed = device, seed
+        self.device, self.seed, self.channels = device, seed, packed.channels
         self.steps: list = []  # of lists of (stream, row): what the loader reads next
         self.loader = DataLoader(
             _Transformed(split, transform, packed.channels if files else None),
@@ -54,8 +54,12 @@ class TransformedImages:
 
     def __call__(self, epoch: int, steps: list) -> Iterator[Tensor]:
         shards = (local_shard(rows).tolist() for _, rows in steps)
-        self.steps[:] = [[(self.seed, WORKERS, epoch, row) for row in rows] for rows in shards]
-        for images in self.loader:
+        keys = [[(self.seed, WORKERS, epoch, row) for row in rows] for rows in shards]
+        self.steps[:] = [of_step for of_step in keys if of_step]
+        loaded = iter(self.loader)
+        for of_step in keys:
+            # of several processes one may have no share of the last batch, or of the only one: images of no size
+            images = next(loaded) if of_step else torch.zeros(0, self.channels, 1, 1)
             yield images.to(self.device, non_blocking=True)
 
 

@@ -19,7 +19,10 @@ def pick_device() -> torch.device:
     Of several processes each gets the GPU of its local rank.
     """
     if name := os.environ.get("SIMMIM_DEVICE"):
-        return torch.device(name)
+        device = torch.device(name)
+        if device.type != "cpu" and device.index is not None:
+            torch.accelerator.set_device_index(device.index)  # whose generator is then seeded, too
+        return device
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if dist.is_initialized() and device.type != "cpu":
         return torch.device(device.type, int(os.environ["LOCAL_RANK"]))
@@ -29,7 +32,7 @@ def pick_device() -> torch.device:
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """``"auto"`` is bfloat16 on a GPU that has it and float32 elsewhere."""
     if precision == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
     return getattr(torch, precision)
 

@@ -59,6 +59,7 @@ def launch(loop: Callable, settings: Settings, on_epoch: Callable | None = None)
         return loop(settings, on_epoch)
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # imported here: most runs need none
 
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds in which a stopped run may save
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -207,6 +207,7 @@ def add_mask_token(model: Any) -> None:
     first.__class__ = MaskedStem if convolutional else MaskedPatchEmbed
     width = first[0].out_channels if convolutional else first.proj.out_channels
     first.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+    # cut at one std as the official ViT's; the official Swin's is cut at -2 and 2, which hardly cuts
     trunc_normal_(first.mask_token, std=0.02, a=-0.02, b=0.02)
 
 
@@ -236,7 +237,9 @@ def sincos_positions(grid: tuple[int, int], width: int, prefix: int) -> Tensor:
 def init_simmim_vit(model: nn.Module) -> None:
     """The official pre-training initialisation: normal of std 0.02 cut at one std; residual outputs scaled by depth."""
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | nn.Conv2d):
             trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     trunc_normal_(model.cls_token, std=0.02, a=-0.02, b=0.02)
     model.fix_init_weight()  # type: ignore[operator]

@@ -17,6 +17,7 @@ from simmimlib.model.masking import MaskGenerator
 from simmimlib.report.depth import METRICS, QUESTIONS, by_depth
 from simmimlib.report.statistics import interval
 
+PAPER = {"facecolor": "w", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}  # behind a text that lines would cross
 MASK_QUESTIONS = ("default", "ratio", "patch", "strategy")  # whose arms differ from the default by their masks only
 
 
@@ -36,8 +37,8 @@ def curves(
     for label, frames in logs.items():
         frames = [frame.dropna(subset=[y]) for frame in frames]
         values = np.stack([frame[y] / frame[y].iloc[0] if normalise else frame[y] for frame in frames])
-        epochs = frames[0]["epoch"]
-        (line,) = axis.plot(epochs, values.mean(0), label=label, marker="o" if len(epochs) < 30 else "", markersize=3)
+        epochs, about = frames[0]["epoch"], _line(label, frames, logs)
+        (line,) = axis.plot(epochs, values.mean(0), marker="o" if len(epochs) < 30 else "", markersize=3, **about)
         axis.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.15)
     several = any(len(frames) > 1 for frames in logs.values())
     axis.set(xlabel="epoch" + " (shaded: the range over seeds)" * several, ylabel=ylabel, title=title)
@@ -48,13 +49,23 @@ def curves(
     return figure
 
 
+def _line(label: str, frames: list, logs: dict[str, list]) -> dict:
+    """Label and style of an arm's line: one with fewer seeds than the others says how many, and is dashed."""
+    fewer = len(frames) < max(map(len, logs.values()))
+    return {"label": f"{label} (n = {len(frames)})", "linestyle": "--"} if fewer else {"label": label}
+
+
 def _errors(rows: pd.DataFrame) -> np.ndarray:
     """Lengths of the intervals' bars below and above the means, [2, n]; 0 where one seed gives none."""
     return np.nan_to_num(np.stack([rows["mean"] - rows["low"], rows["high"] - rows["mean"]]))
 
 
 def arms_beside_paper(table: pd.DataFrame, title: str = "") -> Figure:
-    """Every arm's mean with its interval over the default's, the paper's numbers in a second panel."""
+    """Every arm's mean with its interval, the paper's numbers in a second panel.
+
+    A line marks what the arms of a question are compared with.
+    """
+    means = table.groupby("arm")["mean"].first()
     table = table[~table["repeated"]]
     figure, (ours, paper) = plt.subplots(
         1, 2, figsize=(10, 0.32 * len(table) + 1.6), sharey=True, layout="constrained", width_ratios=(3, 2)
@@ -69,13 +80,22 @@ def arms_beside_paper(table: pd.DataFrame, title: str = "") -> Figure:
             continue  # the paper's numbers of other references are of other models
         paper.plot(row["paper"], y, "o", color=colour)
         paper.annotate(
-            f"{row['paper']:.1f}", (row["paper"], y), (6, 0), textcoords="offset points", va="center", fontsize=8
+            f"{row['paper']:.1f}",
+            (row["paper"], y),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            bbox=PAPER,
         )
-    default = table[table["arm"] == "default"].iloc[0]
-    ours.axvline(default["mean"], color="tab:blue", linewidth=0.8, alpha=0.6)
-    paper.axvline(default["paper"], color="tab:blue", linewidth=0.8, alpha=0.6)
+    for _, rows in table.assign(place=place).groupby("question"):
+        reference = rows["reference"].iloc[0]
+        beside = {"ymin": rows["place"].min() - 0.4, "ymax": rows["place"].max() + 0.4, "color": "tab:blue"}
+        ours.vlines(means.get(reference, []), **beside, linewidth=0.8)
+        if reference == "default":
+            paper.vlines(table.loc[table["arm"] == "default", "paper"], **beside, linewidth=0.8)
     ours.set_yticks(place, [f"{row.label}  (n = {row.seeds})" for row in table.itertuples()], fontsize=8)
-    ours.set(xlabel="our top-1, % (mean of n seeds; 95 % interval from three seeds on)", title=title)
+    ours.set(xlabel="top-1, %; line: what a question compares with", title=f"{title} (95 % intervals from n = 3)")
     paper.set(xlabel="ImageNet-1K top-1, %", title="paper")
     paper.margins(x=0.25)
     paper.xaxis.set_major_locator(MaxNLocator(4))
@@ -179,15 +199,16 @@ def accuracy_over_blocks(logs: dict[str, list[pd.DataFrame]]) -> Figure:
                 floor = values.loc[-1].mean()
                 axis.axhline(floor, color="k", linestyle="--", linewidth=1)
                 left, beside = (0.01, floor), {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-                axis.annotate(f"raw pixels, {floor:.1f}", left, (0, 3), fontsize=8, **beside)
+                axis.annotate(f"raw pixels, {floor:.1f}", left, (0, 4), fontsize=8, zorder=5, bbox=PAPER, **beside)
             values = values.drop(index=-1, errors="ignore")
             # the own output is the last
             values = values.loc[[*sorted(block for block in values.index if block > 0), 0]]
             place = range(len(values))
-            (line,) = axis.plot(place, values.mean(axis=1), "o-", markersize=4, label=label)
+            (line,) = axis.plot(place, values.mean(axis=1), marker="o", markersize=4, **_line(label, frames, logs))
             axis.fill_between(place, values.min(axis=1), values.max(axis=1), color=line.get_color(), alpha=0.15)
             axis.set_xticks(place, [f"{block}" if block else "output" for block in values.index])
         axis.set(xlabel="block (shaded: the range over seeds)", ylabel="top-1, %", title=title)
+        axis.margins(y=0.1)
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure

@@ -66,6 +66,7 @@ def _cell(row: dict) -> str:
     found = f"{row['difference']:+.1f}"
     if row["pairs"] > 1:
         found += f" ({row['difference_low']:+.1f} to {row['difference_high']:+.1f})"
+    found += " †" * (row["mixed"] > 0)
     verdict = row["verdict"].removesuffix(" at this scale")
     said = "" if verdict == "not in the paper" else f"**{verdict}**, "
     return f"{said}{found}, n = {seeds_of(row['pairs'], row)}"

@@ -10,9 +10,11 @@ CAPTIONS = {  # last word of a picture's name -> what it shows
     "images_seen": "Accuracy over the images seen in pre-training; 0 is the untrained encoder.",
     "blocks": "Probes of the frozen encoder by block; means over seeds, shading the range. Dashed: raw pixels.",
     "depth": "Fine-tuning and linear probes over the blocks of SimMIM's head and of MAE's decoder.",
-    "loss": "Pre-training loss, each arm divided by its first epoch; means over seeds, shading the range.",
+    "loss": "Pre-training loss, divided by the first epoch's where arms have other losses, targets or masks; means "
+    "over seeds, shading the range.",
     "top1": "Validation accuracy of fine-tuning; means over seeds, shading the range.",
-    "reconstructions": "The same validation images under the default's masks; predictions fill the hidden pixels.",
+    "reconstructions": "The same validation images under the default's masks; predictions fill the hidden pixels. "
+    "Per-patch normalised targets are shown with the true patches' mean and standard deviation.",
 }
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }

@@ -1,11 +1,11 @@
 """Statistics over seeds: intervals, paired differences to a reference, verdicts beside the paper's. No torch.
 
 Intervals of means are Student-t intervals over seeds. Differences are paired by seed, which removes what the arms of
-one seed share (initial weights, labelled images, order). What is left, the standard deviation of a run after the
-effects of its seed and its arm, is estimated from all runs of a question together, as in an analysis of variance with
-seeds as blocks; three seeds of one arm alone would leave two degrees of freedom. With a single arm this is the paired
-t-test. Where a question has several arms, the intervals of its differences, and with them its verdicts, hold jointly:
-each is at the level 1 - 0.05 / arms (Bonferroni).
+one seed share (labelled images, order, the classifier's first weights; of one method also the encoder's). What is left,
+the standard deviation of a run after the effects of its seed and its arm, is estimated once from all runs of a profile,
+as in an analysis of variance with seeds as blocks; three seeds of one arm alone would leave two degrees of freedom.
+With a single arm this is the paired t-test. Where a question has several arms, the intervals of its differences, and
+with them its verdicts, hold jointly: each is at the level 1 - 0.05 / arms (Bonferroni), finished or not.
 """
 
 from collections import Counter
@@ -51,19 +51,26 @@ def verdict(low: float, high: float, paper_difference: float) -> str:
     return "agrees" if agrees else "disagrees" if disagrees else UNDECIDED
 
 
-def compare(runs: pd.DataFrame, arms: dict[str, dict], metric: str = "top1", paper: str = "paper") -> pd.DataFrame:
+def compare(
+    runs: pd.DataFrame,
+    arms: dict[str, dict],
+    metric: str = "top1",
+    paper: str = "paper",
+    planned: dict[str, int] | None = None,
+) -> pd.DataFrame:
     """The table of arms, those with finished runs, question by question; an arm of several questions has several rows.
 
     Columns: arm, question, heading, label, probes; repeated (in a question that is not its own); reference (the arm
-    that those of the question are compared with) and reference_paper; paper; seeds, mean, low, high; pairs, difference,
-    difference_low, difference_high (joint over the question's arms), level, residual_sd, df; paper_difference, verdict;
-    mixed (of how many pairs the two runs differ in device, precision, versions, code or images); fastest (images a
-    second in pre-training, of the fastest seed); means of the other numbers of the runs.
+    that those of the question are compared with) and reference_paper; paper; planned; seeds, mean, sd, low, high;
+    pairs, difference, difference_low, difference_high (joint over the question's arms), level, residual_sd, df;
+    paper_difference, verdict; mixed (of how many pairs the two runs differ in device, precision, versions, code or
+    images); fastest (images a second in pre-training, of the fastest seed); means of the other numbers of the runs.
 
     Args:
         arms: ``pipeline.arms.load_arms()``.
         metric: the column of ``runs`` that is compared, in percent.
         paper: where an arm and its reference have the paper's value of it, ``"paper"`` or ``"paper_linear"``.
+        planned: of each arm of the profile, its number of seeds; as many as there are if None.
 
     Raises:
         ValueError: no run of the default arm is there.
@@ -75,23 +82,21 @@ def compare(runs: pd.DataFrame, arms: dict[str, dict], metric: str = "top1", pap
     listed = [(arm, {**arms[arm], "repeated": False}) for arm in present]
     listed += [(arm, {**arms[arm], **about, "repeated": True}) for arm in present for about in arms[arm]["also"]]
     listed.sort(key=lambda one: one[1]["place"])
-    counts = Counter(about["question"] for arm, about in listed if arm != about["reference"]["arm"])
-    wide, residuals = runs.pivot(index="seed", columns="arm", values=metric), {}
-    for question in counts:
-        compared = [about["reference"]["arm"] for _, about in listed if about["question"] == question]
-        compared += [arm for arm, about in listed if about["question"] == question]
-        residuals[question] = residual(wide.reindex(columns=list(dict.fromkeys(compared))))
+    planned = planned or {arm: len(of_arm[arm]) for arm in present}
+    families = [(arm, about) for arm in planned for about in (arms[arm], *arms[arm]["also"])]
+    counts = Counter(about["question"] for arm, about in families if arm != about["reference"]["arm"])
+    error = residual(runs.pivot(index="seed", columns="arm", values=metric))
     rows = []
     for arm, about in listed:
         group, reference = of_arm[arm], about["reference"]
         mean, low, high = interval(group[metric].dropna())
         row = {"arm": arm, **{key: about[key] for key in ("question", "heading", "label", "probes", "repeated")}}
         row |= {"reference": reference["arm"], "reference_paper": reference[paper]}
-        row |= {"paper": about[paper], "seeds": int(group[metric].count()), "mean": mean, "low": low, "high": high}
+        row |= {"paper": about[paper], "planned": planned.get(arm, len(group)), "seeds": int(group[metric].count())}
+        row |= {"mean": mean, "sd": group[metric].std(), "low": low, "high": high}
         if arm != reference["arm"]:
             level = 1 - (1 - LEVEL) / counts[about["question"]]
-            found = residuals[about["question"]]
-            row |= paired(group, of_arm.get(reference["arm"], group[:0]), metric, level, *found)
+            row |= paired(group, of_arm.get(reference["arm"], group[:0]), metric, level, *error)
             ours, theirs = about[paper], reference[paper]
             row["paper_difference"] = np.nan if ours is None or theirs is None else ours - theirs
             row["verdict"] = verdict(row["difference_low"], row["difference_high"], row["paper_difference"])
@@ -99,7 +104,7 @@ def compare(runs: pd.DataFrame, arms: dict[str, dict], metric: str = "top1", pap
             row["fastest"] = group["pretrain_images_per_second"].max()
         others = group.select_dtypes("number").drop(columns=metric, errors="ignore").mean()
         rows.append(row | {name: value for name, value in others.items() if name not in row})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).round(4)  # as it is written, so that every table rounds the same number
 
 
 def residual(values: pd.DataFrame) -> tuple[float, int]:

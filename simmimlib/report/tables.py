@@ -67,8 +67,10 @@ def to_markdown(
         "Intervals of means are 95 % Student-t over seeds. Differences are paired by seed, with one error estimated "
         "for all runs of a question; where it has several arms, their intervals and verdicts hold jointly (Bonferroni "
         "over its arms). The paper's numbers are ImageNet-1K, Swin-B, 100 epochs, unless said otherwise. "
-        f"Verdicts compare differences, not levels: gaps under {MARGIN} points count as none.",
+        f"Verdicts compare differences, not levels: gaps under {MARGIN} points count as none. A difference is over the "
+        "seeds that both arms have, and so need not be that of the means.",
         "",
+        *_resolution(table),
         *origin_of(runs),
         "",
     ]
@@ -98,6 +100,21 @@ def to_markdown(
             lines += [note, ""]
         lines += _shown(pictures.get(question, []))
     return "\n".join(lines)
+
+
+def _resolution(table: pd.DataFrame) -> list[str]:
+    """What differences the runs can tell apart."""
+    found = table.dropna(subset="difference_low")
+    if not len(found):
+        return []
+    sd, df = found[["residual_sd", "df"]].iloc[0]
+    half = (found["difference_high"] - found["difference_low"]) / 2
+    return [
+        f"A run varies with a standard deviation of {sd:.2f} points once seed and arm are taken out ({df:.0f} degrees "
+        f"of freedom): intervals of differences are from ±{half.min():.1f} to ±{half.max():.1f} points wide. That two "
+        f"arms do not differ can be confirmed only by one narrower than ±{MARGIN}.",
+        "",
+    ]
 
 
 TOP1 = ("top-1 (95 % interval)", {"best": "top1_best", "linear": "probe_linear", "k-NN": "probe_knn"})
@@ -154,14 +171,13 @@ def seeds_of(count: float, row: dict) -> str:
 
 
 def write_tables(
-    folder: str | Path, runs: pd.DataFrame, table: pd.DataFrame, markdown: str, probes: pd.DataFrame | None = None
+    folder: str | Path, runs: pd.DataFrame, table: pd.DataFrame, probes: pd.DataFrame, markdown: str
 ) -> None:
     """Writes ``runs.csv``, ``ablations.csv`` and ``.md``, ``probes.csv``, and ``summary.json`` for ``dvc metrics``."""
     folder = Path(folder)
     write_csv(folder / "runs.csv", runs)
-    write_csv(folder / "ablations.csv", table.round(4))
-    if probes is not None:
-        write_csv(folder / "probes.csv", probes[probes["probes"]].round(4))
+    write_csv(folder / "ablations.csv", table)
+    write_csv(folder / "probes.csv", probes[probes["probes"]].round(4))
     write_text(folder / "ablations.md", markdown)
     keys = [key for key in ("mean", "low", "high", "difference", "verdict") if key in table]
     own = table[~table["repeated"]].set_index("arm")[keys]

@@ -13,7 +13,7 @@ from simmimlib.data.batches import Batches, training_batches, validation_batches
 from simmimlib.data.packed import labelled_subset, open_packed
 from simmimlib.data.streams import CLASSIFIER, WEIGHTS, seed_globals
 from simmimlib.machine.device import autocast, pick_device
-from simmimlib.machine.distributed import launch, rank, sum_over_ranks
+from simmimlib.machine.distributed import launch, rank, sum_over_ranks, world_size
 from simmimlib.machine.files import write_csv, write_json
 from simmimlib.settings import require
 from simmimlib.train.loop import train
@@ -47,6 +47,9 @@ def _finetune(settings: FinetuneSettings, on_epoch: Callable | None = None) -> d
     data, out, device = open_packed(settings.data), Path(settings.out), pick_device()
     require(len(data.val) > 0, "data", settings.data, "a set with validation images (val/ or test/)")
     require(len(data.classes) > 1, "data", settings.data, "a set with two classes or more")
+    if settings.mixup or settings.cutmix:  # which pair the images of a process
+        pairs, allowed = 2 * world_size(), f"a multiple of {2 * world_size()} with mixup or cutmix"
+        require(settings.batch_size % pairs == 0, "batch_size", settings.batch_size, allowed)
     model = classifier(settings, data.channels, len(data.classes), device)
     split = data.train
     if settings.labelled_images:

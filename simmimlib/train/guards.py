@@ -67,6 +67,6 @@ def what_fits(run: Run, inputs: tuple[Tensor, ...], forward_backward: Callable) 
         return (
             f"{count} images a step on {run.device} do not fit; {part} at a time do: set the environment variable "
             f"SIMMIM_MICRO_BATCH={part}. Gradients are then summed over {math.ceil(count / part)} parts and the "
-            "result is the same within rounding"
+            "result is the same within rounding (drop path draws other paths)"
         )
     return f"not even one image at a time fits into the memory of {run.device}"

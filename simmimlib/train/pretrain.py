@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simmimlib.data.batches import sample_images, training_batches, validation_batches
+from simmimlib.data.batches import evenly_spaced, sample_images, training_batches, validation_batches
 from simmimlib.data.packed import Packed, open_packed
 from simmimlib.data.streams import WEIGHTS, seed_globals
 from simmimlib.machine.device import autocast, pick_device
@@ -22,7 +22,7 @@ from simmimlib.train.run import Run
 from simmimlib.train.settings import PretrainSettings
 from simmimlib.weights.checkpoints import save_model
 
-VALIDATION_IMAGES = 1000  # the validation loss is taken on the first so many images, with the same masks each time
+VALIDATION_IMAGES = 1000  # that the validation loss is taken on, of all classes, with the same masks each time
 CLUSTER_IMAGES = 2000  # training images that the colour clusters are fitted on, the same for every seed
 
 
@@ -79,7 +79,8 @@ def validation_loss(
     if not len(data.val):
         return None
     model.eval()
-    split, device = data.val.select(slice(VALIDATION_IMAGES)), next(model.parameters()).device
+    split = data.val.select(evenly_spaced(data.val, VALIDATION_IMAGES))
+    device = next(model.parameters()).device
     total = torch.zeros((), device=device)
     for images, mask in validation_batches(split, data, settings.image_size, settings.batch_size, device, masks):
         if len(images):  # of several processes one may have no share of the last batch

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import timm
 import torch
 from filelock import FileLock, Timeout
 
@@ -72,13 +73,13 @@ class RollingCheckpoint:
             if other == self.folder:
                 continue
             checkpoints = files(other)
-            age = time.time() - (checkpoints or [other])[0].stat().st_mtime
             try:
+                age = time.time() - (checkpoints or [other])[0].stat().st_mtime
                 with FileLock(other / "lock", timeout=0):
                     if age > KEEP_DAYS * 86400:
                         shutil.rmtree(other, ignore_errors=True)
                         continue
-            except Timeout:
+            except (Timeout, FileNotFoundError):  # under way, or just finished
                 continue
             if checkpoints and read_json(other / "run.json").get("out") == self.out:
                 yield (
@@ -143,12 +144,15 @@ class RollingCheckpoint:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def identity(title: str, settings: TrainSettings, packed: Packed, starts_from: str) -> dict:
+def identity(
+    title: str, settings: TrainSettings, packed: Packed, starts_from: str, device: torch.device, dtype: torch.dtype
+) -> dict:
     """Everything a run's numbers follow from: only the very same run resumes from a rolling checkpoint."""
     values = dataclasses.asdict(settings)
     del values["skip_nonfinite"]  # so that a run can resume with it
     start = hashlib.sha256(Path(starts_from).read_bytes()).hexdigest() if starts_from else ""
-    code = {"code": training_code(), "torch": torch.__version__}
+    code = {"code": training_code(), "torch": torch.__version__, "timm": timm.__version__}
+    code |= {"device": device.type, "precision": str(dtype)}
     return {"loop": title, "settings": values, "data": packed.digest, "starts_from": start, **code}
 
 

@@ -99,7 +99,9 @@ class Run:
             # a run keeps its shapes; other runs of this process must not turn them into dynamic ones
             self.objective = torch.compile(self.objective, dynamic=False)
         self.parts = max(1, math.ceil(size / ranks / micro_batch()))  # that a batch goes through the model in
-        self.rolling = RollingCheckpoint(identity(title, settings, packed, starts_from), settings.out)
+        self.rolling = RollingCheckpoint(
+            identity(title, settings, packed, starts_from, self.device, self.dtype), settings.out
+        )
         self.watch = LossWatch(len(batches), self.device)
         self.step = 0
         self.rows: list[dict] = []

@@ -79,6 +79,9 @@ class TrainSettings(RunSettings):
         for name in ("base_lr", "base_warmup_lr", "base_min_lr", "warmup_epochs", "weight_decay", "epochs"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(0 < self.beta2 < 1, "beta2", self.beta2, "above 0 and below 1")
+        stepped = self.schedule == "step"
+        allowed = "above 0 with schedule = step, the epoch of its step" if stepped else "0 with schedule = cosine"
+        require((self.decay_epoch > 0) == stepped and self.decay_epoch >= 0, "decay_epoch", self.decay_epoch, allowed)
         require(self.skip_nonfinite >= 0, "skip_nonfinite", self.skip_nonfinite, "0 (stop) or more")
 
 
@@ -121,6 +124,9 @@ class PretrainSettings(TrainSettings):
         for name in ("decoder_width", "decoder_heads"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.decoder_depth > 0, "decoder_depth", self.decoder_depth, "1 or more")
+        for name in ("positions", "mask_token"):
+            allowed = f"without {name}, which the settings method and positions decide"
+            require(name not in self.encoder_kwargs, "encoder_kwargs", self.encoder_kwargs, allowed)
         with torch.device("meta"):  # names and sizes that do not fit stop here, before any data is read
             encoder = self.model().encoder
             masks = self.masks(encoder.patch_size)

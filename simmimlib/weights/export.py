@@ -24,6 +24,9 @@ def export_timm(
             encoder's. ``"avg"`` is the official fine-tuning: a ViT's final norm is replaced by a new one after pooling.
         image_size: another input size; positions and relative biases are resized by timm.
         timm_kwargs: for example ``drop_path_rate=0.1``.
+
+    Raises:
+        ValueError: a distilled DeiT with another pooling than its own.
     """
     config = dict(encoder.config)
     name = config.pop("name")
@@ -37,6 +40,11 @@ def export_timm(
     pooled = global_pool is not None
     if not pooled:
         global_pool = "token" if "distilled" in name else ""
+    elif global_pool != "token" and "distilled" in name:
+        raise ValueError(
+            f"global_pool = {global_pool!r}: {name} is read off its class and distillation tokens; use the DeiT of the "
+            "same size without distillation, which can be fine-tuned here"
+        )
     model = timm.create_model(
         name, num_classes=num_classes, global_pool=global_pool, **{**sized, **config, **timm_kwargs}
     )

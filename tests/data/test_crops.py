@@ -81,3 +81,8 @@ def test_resizing_is_antialiased_and_stays_within_pixels():
 def test_beyond_the_edge_of_an_image_its_border_goes_on():
     images = torch.full((1, 1, 8, 8), 200.0)
     assert (crop(images, torch.tensor([[-0.1, -0.1, 1.1, 1.1]]), 8) - 200).abs().max() < 1e-3
+
+
+def test_no_image_is_cut_to_none():
+    """Of several processes one may have no share of a batch."""
+    assert crop(torch.zeros(0, 3, 8, 6), torch.zeros(0, 4), 5).shape == (0, 3, 5, 5)

@@ -73,7 +73,9 @@ def test_labelled_subset():
 def test_the_digits_are_packed_on_first_use_and_again_when_old(tmp_path, monkeypatch, white_digits):
     calls = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(packed_module, "pack", lambda settings: calls.append(settings.out) or pack(settings))
+    monkeypatch.setattr(
+        packed_module, "pack", lambda settings, **more: calls.append(settings.out) or pack(settings, **more)
+    )
     digits = open_packed("mnist5k")
     assert (digits.name, digits.channels, len(digits.train), len(digits.val)) == ("mnist5k", 1, 4000, 1000)
     open_packed("mnist5k")

@@ -7,6 +7,7 @@ from PIL import Image
 
 from conftest import write_images
 from packed_sets import KINDS, equal, pack_folder, train
+from simmimlib.data.batches import validation_batches
 from simmimlib.data.packed import open_packed
 from simmimlib.data.packing import pack
 from simmimlib.data.sources import DataSettings
@@ -73,3 +74,18 @@ def test_grey_files_and_arrays_stay_grey(tmp_path):
     for changes in KINDS.values():
         images, _ = next(iter(train(packed, **changes)))
         assert images.shape == (6, 1, 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["files", "packed"])
+def test_a_process_without_a_share_gets_no_images(wide, kind, monkeypatch):
+    """Sixteen images in batches of five: of the last one the second process has none."""
+    for module in ("workers", "packed_images", "batches"):
+        monkeypatch.setattr(
+            f"simmimlib.data.{module}.local_shard", lambda tensor: tensor.tensor_split(2)[1] if len(tensor) else tensor
+        )
+    files = {"files": kind == "files", "crop_pct": 0.9}
+    counts = [
+        (len(images), len(labels))
+        for images, labels in validation_batches(wide.val, wide, 16, 5, torch.device("cpu"), **files)
+    ]
+    assert counts == [(2, 2), (2, 2), (2, 2), (0, 0)]

@@ -130,6 +130,8 @@ def test_the_papers_vit_shares_one_bias_table_and_has_no_absolute_positions():
         ):
             assert 0.95 * largest < weight.abs().max() <= 1.0001 * largest
     assert 0 < model.cls_token.abs().max() <= 0.02
+    projection = model.patch_embed.proj
+    assert 0.019 < projection.weight.abs().max() <= 0.02 and not projection.bias.any()
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -69,9 +69,9 @@ def test_curves_of_logs_that_were_not_validated_every_epoch():
 
 def test_accuracy_over_depth_draws_heads_beside_decoders(arms):
     """Over the seeds that all arms of a panel have: the third of the reference is left out."""
-    names = ["default", "simmim_sincos", "head_blocks_1", "head_blocks_8", "simmim_mae_target", "mae", "mae_depth_4"]
+    names = ["default", "simmim_xavier", "head_blocks_1", "head_blocks_8", "simmim_mae_target", "mae", "mae_depth_4"]
     values = {name: [50.0 + i, 52.0 + i] for i, name in enumerate(names)}
-    values["simmim_sincos"] += [90.0]
+    values["simmim_xavier"] += [90.0]
     frame = runs(**values)
     frame["probe_linear"], frame["probe_linear_best"] = 40.0, 41.0
     head, decoder = figures.accuracy_over_depth(frame, arms, {"raw pixels": 37.0}).axes

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from simmimlib.data.batches import validation_batches
 from simmimlib.data.packed import open_packed
+from simmimlib.train import pretrain as pretraining
 from simmimlib.train.pretrain import pretrain, reconstruct, validation_loss
 from simmimlib.train.resume import read
 from simmimlib.weights.checkpoints import load_model
@@ -112,3 +114,14 @@ def test_reconstructions_are_in_evaluation_mode(tmp_path, packed_folder):
     found = reconstruct(model.train(), images, mask)
     torch.testing.assert_close(found, expected.detach())
     assert not found.requires_grad
+
+
+def test_the_validation_loss_is_of_all_classes(tmp_path, packed_folder, monkeypatch):
+    """Folders of images are in the order of their classes: the first thousand of a large one are of one class."""
+    monkeypatch.setattr(pretraining, "VALIDATION_IMAGES", 4)
+    seen = []
+    monkeypatch.setattr(
+        pretraining, "validation_batches", lambda split, *a: seen.append(split) or validation_batches(split, *a)
+    )
+    pretrain(pretrain_settings(packed_folder, tmp_path / "run", epochs=1))
+    assert sorted(seen[0].labels) == [0, 0, 1, 1]

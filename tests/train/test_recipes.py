@@ -1,6 +1,7 @@
 """The official recipes, and every arm of the ablations."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from conftest import ROOT, write_images
 from simmimlib.data.packing import pack
 from simmimlib.data.sources import DataSettings
-from simmimlib.pipeline.arms import stage_parameters
+from simmimlib.pipeline.arms import arms_of, stage_parameters
 from simmimlib.pipeline.dry_run import dry_run
 from simmimlib.pipeline.profiles import load_profile
 from simmimlib.train.optim import create_optimizer, create_schedule, scale_rate
@@ -129,6 +130,19 @@ def test_every_arm_runs(arm, packed, tmp_path):
     masks = settings.masks(model.encoder.patch_size)
     prediction = model(images, masks(1, torch.Generator().manual_seed(0))).prediction
     assert prediction.shape == images.shape and prediction.isfinite().all()
+
+
+@pytest.mark.parametrize("profile", ["quick", "cifar10-cpu", "cifar10", "imagenette", "imagenet-100ep"])
+def test_no_two_arms_of_a_profile_train_the_same(profile):
+    """A ratio is a number of mask patches: of four, 10 % and 20 % are both one."""
+    params, seen = load_profile(profile), {}
+    for arm in dict.fromkeys(arm for name in params["arms"] for arm in arms_of(name)):
+        settings = PretrainSettings.from_values(stage_parameters(params, "pretrain", arm, 0))
+        finetune = stage_parameters(params, "finetune", arm, 0) | {"checkpoint": "", "out": ""}
+        masks = settings.masks(settings.mask_patch_size)
+        trained = repr((replace(settings, mask_ratio=masks.count / math.prod(masks.grid), out=""), finetune))
+        assert trained not in seen, f"{arm} = {seen[trained]}"
+        seen[trained] = arm
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from simmimlib.data.packed import open_packed
@@ -199,13 +200,16 @@ def test_what_a_run_is_known_by(tmp_path, packed_folder):
     (tmp_path / "same").write_bytes(b"weights")
     (tmp_path / "other").write_bytes(b"other weights")
 
-    def key(title="finetune", starts_from=tmp_path / "one", **changes):
+    def key(title="finetune", starts_from=tmp_path / "one", device="cpu", dtype=torch.float32, **changes):
         changed = finetune_settings(packed_folder, tmp_path / "run", **changes)
-        return RollingCheckpoint(identity(title, changed, data, str(starts_from)), settings.out).folder
+        return RollingCheckpoint(
+            identity(title, changed, data, str(starts_from), torch.device(device), dtype), settings.out
+        ).folder
 
     assert key() == key() == key(starts_from=tmp_path / "same") == key(skip_nonfinite=3)
     others = [key("pretrain"), key(starts_from=tmp_path / "other"), key(seed=1), key(clip_grad=4.0)]
-    assert len({key(), *others}) == 5
+    others += [key(device="cuda"), key(dtype=torch.bfloat16)]
+    assert len({key(), *others}) == 7
 
 
 def test_a_changed_statement_is_another_run_and_a_changed_docstring_is_not(tmp_path, packed_folder, monkeypatch):
@@ -215,7 +219,9 @@ def test_a_changed_statement_is_another_run_and_a_changed_docstring_is_not(tmp_p
 
     def key():
         statements.training_code.cache_clear()
-        return RollingCheckpoint(identity("pretrain", settings, data, ""), settings.out).folder
+        return RollingCheckpoint(
+            identity("pretrain", settings, data, "", torch.device("cpu"), torch.float32), settings.out
+        ).folder
 
     def edit(module, before="", after=""):
         path = tmp_path / "simmimlib" / module
@@ -347,4 +353,22 @@ def test_what_left_no_checkpoint_goes_too_when_it_is_old(packed_folder):
     with this.lock():
         assert list(this.orphans()) == [] and other.folder.exists()
         os.utime(other.folder, (0, 0))
+        assert list(this.orphans()) == [] and not other.folder.exists()
+
+
+def test_a_run_that_ends_meanwhile_is_no_orphan(packed_folder, monkeypatch):
+    """It deletes its folder between the look at the list and the look at the folder."""
+    other = RollingCheckpoint({"seed": 1}, "results/x")
+    other.save({"step": 1})
+    this = RollingCheckpoint({"seed": 2}, "results/x")
+    found = resume.files
+
+    def just_ended(folder):
+        checkpoints = found(folder)
+        if folder == other.folder:
+            other.remove()
+        return checkpoints
+
+    monkeypatch.setattr(resume, "files", just_ended)
+    with this.lock():
         assert list(this.orphans()) == [] and not other.folder.exists()

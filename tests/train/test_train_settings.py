@@ -73,6 +73,13 @@ from simmimlib.train.settings import FinetuneSettings, PretrainSettings, ProbeSe
             },
             "mask_patch_size = 4: must be a multiple of 8, the encoder's stride, with method = fcmae",
         ),
+        (PretrainSettings, {"schedule": "step"}, "decay_epoch = 0: must be above 0 with schedule = step"),
+        (PretrainSettings, {"decay_epoch": 3}, "decay_epoch = 3: must be 0 with schedule = cosine"),
+        (
+            PretrainSettings,
+            {"encoder_kwargs": {"positions": "sincos"}},
+            "without positions, which the settings",
+        ),
         (FinetuneSettings, {"epochs": 0}, "epochs = 0: must be 1 or more"),
         (FinetuneSettings, {"checkpoint": "none.safetensors"}, "there is no such file (empty = from scratch)"),
         (FinetuneSettings, {"mixup": 0.8, "batch_size": 7}, "batch_size = 7: must be even with mixup or cutmix"),

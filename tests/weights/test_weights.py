@@ -233,3 +233,10 @@ def test_saving_twice_gives_the_same_bytes(tmp_path):
     for name in ("one", "two"):
         save_model(tmp_path / f"{name}.safetensors", model)
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+
+
+def test_a_distilled_deit_is_pooled_by_its_tokens_alone():
+    encoder = create_encoder("deit_tiny_distilled_patch16_224", 32)
+    assert export_timm(encoder).global_pool == "token"
+    with pytest.raises(ValueError, match="global_pool = 'avg': deit_tiny_distilled_patch16_224 is read off its class"):
+        export_timm(encoder, 10, "avg")
