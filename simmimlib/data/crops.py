@@ -53,7 +53,7 @@ def flip(boxes: Tensor, flipped: Tensor) -> Tensor:
 
 
 def crop(images: Tensor, boxes: Tensor, size: int, interpolation: str = "bilinear") -> Tensor:
-    """Cuts a box out of each image and resizes it, in one batched call.
+    """Cuts a box out of each image and resizes it, in one batched call. Not antialiased, as ``resize`` is.
 
     images [B, C, H, W] in [0, 255], boxes [B, 4] (left, top, right, bottom as shares of the side; left and right
     exchanged = flipped) -> [B, C, size, size].

@@ -50,9 +50,9 @@ def curves(
 
 
 def _line(label: str, frames: list, logs: dict[str, list]) -> dict:
-    """Label and style of an arm's line: one with fewer seeds than the others says how many, and is dashed."""
-    fewer = len(frames) < max(map(len, logs.values()))
-    return {"label": f"{label} (n = {len(frames)})", "linestyle": "--"} if fewer else {"label": label}
+    """Label and style of an arm's line: that of a single seed beside means of several says so, and is dashed."""
+    alone = len(frames) == 1 < max(map(len, logs.values()))
+    return {"label": f"{label} (one seed)", "linestyle": "--"} if alone else {"label": label}
 
 
 def _errors(rows: pd.DataFrame) -> np.ndarray:

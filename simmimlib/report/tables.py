@@ -65,8 +65,9 @@ def to_markdown(
         f"Repeat with `make repro PROFILE={profile}`.",
         "",
         "Intervals of means are 95 % Student-t over seeds. Differences are paired by seed, with one error estimated "
-        "for all runs of a question; where it has several arms, their intervals and verdicts hold jointly (Bonferroni "
-        "over its arms). The paper's numbers are ImageNet-1K, Swin-B, 100 epochs, unless said otherwise. "
+        "for all runs of the profile; where a question has several arms, their intervals and verdicts hold jointly "
+        "(Bonferroni over its arms, finished or not). The paper's numbers are ImageNet-1K, Swin-B, 100 epochs, unless "
+        "said otherwise. "
         f"Verdicts compare differences, not levels: gaps under {MARGIN} points count as none. A difference is over the "
         "seeds that both arms have, and so need not be that of the means.",
         "",

@@ -67,6 +67,15 @@ def test_curves_of_logs_that_were_not_validated_every_epoch():
     assert axis.get_lines()[0].get_xydata().tolist() == [[2, 40], [3, 50]]
 
 
+def test_one_seed_beside_means_of_several_is_told_apart():
+    log = pd.DataFrame({"epoch": [1, 2], "loss": [1.0, 0.5]})
+    (axis,) = figures.curves({"Default": [log, log], "L2": [log]}, "loss", "loss").axes
+    assert [(line.get_label(), line.get_linestyle()) for line in axis.get_lines()] == [
+        ("Default", "-"),
+        ("L2 (one seed)", "--"),
+    ]
+
+
 def test_accuracy_over_depth_draws_heads_beside_decoders(arms):
     """Over the seeds that all arms of a panel have: the third of the reference is left out."""
     names = ["default", "simmim_xavier", "head_blocks_1", "head_blocks_8", "simmim_mae_target", "mae", "mae_depth_4"]
