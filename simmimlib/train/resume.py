@@ -1,8 +1,9 @@
 """The rolling checkpoint of a run: what makes a killed run end as if nothing had happened.
 
 It lies in ``.scratch/runs/<hash of everything the run depends on>/``, outside of what DVC and git look at, is written
-about once a minute (less often where writing takes more than a hundredth of the time), and is deleted when the run has finished. A file is written whole (temporary file, fsync, rename),
-carries its own checksum, and the one before it is kept until it has been read back.
+about once a minute (less often where writing takes more than a hundredth of the time), and is deleted when the run has
+finished. A file is written whole (temporary file, fsync, rename), carries its own checksum, and the one before it is
+kept until it has been read back.
 """
 
 import dataclasses
