@@ -110,10 +110,11 @@ def _resolution(table: pd.DataFrame) -> list[str]:
         return []
     sd, df = found[["residual_sd", "df"]].iloc[0]
     half = (found["difference_high"] - found["difference_low"]) / 2
+    widths = " to ".join(dict.fromkeys(f"±{width:.1f}" for width in (half.min(), half.max())))
     return [
         f"A run varies with a standard deviation of {sd:.2f} points once seed and arm are taken out ({df:.0f} degrees "
-        f"of freedom): intervals of differences are from ±{half.min():.1f} to ±{half.max():.1f} points wide. That two "
-        f"arms do not differ can be confirmed only by one narrower than ±{MARGIN}.",
+        f"of freedom): intervals of differences are {widths} points. That two arms do not differ can be confirmed only "
+        f"by one narrower than ±{MARGIN}.",
         "",
     ]
 
