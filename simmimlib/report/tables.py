@@ -105,7 +105,7 @@ def to_markdown(
 
 def _resolution(table: pd.DataFrame) -> list[str]:
     """What differences the runs can tell apart."""
-    found = table.dropna(subset="difference_low")
+    found = table[table.get("difference_low", pd.Series(np.nan, table.index)).notna()]
     if not len(found):
         return []
     sd, df = found[["residual_sd", "df"]].iloc[0]
