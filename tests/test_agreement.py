@@ -116,7 +116,7 @@ def test_the_afternoons_read_is_short():
     others = [LIBRARY / f"model/{name}.py" for name in ("mae", "fcmae")]  # each can be read, or left, by itself
     simmim = {*(LIBRARY / "model").glob("*.py"), *loops} - {*others}
     assert sum(len(path.read_text().splitlines()) for path in simmim) <= 1200
-    assert all(len(path.read_text().splitlines()) <= 130 for path in others)
+    assert all(len(path.read_text().splitlines()) <= 135 for path in others)
 
 
 def imports_of(path):

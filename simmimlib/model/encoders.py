@@ -83,8 +83,7 @@ class Encoder(nn.Module):
             if not self.has_mask_token:
                 raise ValueError("this encoder was created without a mask token: it takes whole images only")
             check_mask(mask, images, self.patch_size)
-        # Every family hands its input straight to `patch_embed` or `stem`, so the pair travels through timm's own
-        # forward.
+        # every family hands its input straight to `patch_embed` or `stem`: the pair travels through timm's own forward
         features = self.model.forward_features(images if mask is None else (images, mask))
         if is_convnext(self.model):
             return features
@@ -112,12 +111,11 @@ def create_encoder(
         image_size: side in pixels, or (height, width); a multiple of the encoder's stride.
         in_chans: image channels.
         pretrained: start from timm's weights (downloads them).
-        final_norm: keep the layer norm after the last block, as the released models do. One re-implementation found
-            that pre-training a ViT without it helps linear probing.
+        final_norm: keep the layer norm after the last block, as the released models do.
         mask_token: with one for SimMIM, without for MAE and FCMAE, whose encoders see no hidden pixel.
         positions: of a ViT or DeiT with absolute ones, ``"sincos"`` puts MAE's fixed sines and cosines in their place.
-        timm_kwargs: passed on, for example ``patch_size=4, embed_dim=96, depth=4, num_heads=3`` or ``window_size=6``;
-            a ConvNeXtV2 with ``patch_size=1`` has a stride of 8, for small images.
+        timm_kwargs: passed on, as ``embed_dim=96, depth=4`` or ``window_size=6``; a ConvNeXtV2 with ``patch_size=1``
+            has a stride of 8, for small images.
 
     Raises:
         ValueError: a name timm does not know, a family that cannot take mask tokens, an image size that does not fit.
@@ -200,8 +198,7 @@ def blocks_of(model: Any) -> list[nn.Module]:
 
 
 def add_mask_token(model: Any) -> None:
-    # timm's SwinV2 and BEiT build their patch embedding themselves, so the built one is given the class that takes
-    # a mask; its parameters keep timm's names.
+    # SwinV2 and BEiT build their patch embedding themselves: the built one is given the class that takes a mask
     convolutional = is_convnext(model)
     first = model.stem if convolutional else model.patch_embed
     first.__class__ = MaskedStem if convolutional else MaskedPatchEmbed

@@ -118,10 +118,7 @@ def count_visible(mask: Tensor, expected: int | None) -> int:
 def init_mae(model: MaskedImageModel) -> None:
     """The official initialisation, of encoder and decoder: Xavier uniform, biases 0; tokens normal of std 0.02.
 
-    Also of a ``SimMIM``, so that the two can start from the same weights; its 1x1 convolutions stay as they are.
-
-    Raises:
-        ValueError: an encoder that is no timm ViT.
+    Also of a ``SimMIM`` on a timm ViT (else ValueError), whose 1x1 convolutions stay as they are: one start for both.
     """
     if not isinstance(model.encoder.model, VisionTransformer):
         name = model.encoder.config["name"]

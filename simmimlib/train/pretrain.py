@@ -27,7 +27,7 @@ CLUSTER_IMAGES = 2000  # training images that the colour clusters are fitted on,
 
 
 def pretrain(settings: PretrainSettings, on_epoch: Callable | None = None) -> dict:
-    """Trains from scratch and writes ``model.safetensors``, ``log.csv`` and ``metrics.json`` into ``settings.out``.
+    """Trains from scratch; writes ``model.safetensors``, ``log.csv`` and ``metrics.json`` into ``settings.out``.
 
     Uses every GPU there is (``machine/distributed.py``). A run that was stopped or killed resumes (``resume.py``).
 
