@@ -201,6 +201,8 @@ def accuracy_over_blocks(logs: dict[str, list[pd.DataFrame]]) -> Figure:
                 left, beside = (0.01, floor), {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
                 axis.annotate(f"raw pixels, {floor:.1f}", left, (0, 4), fontsize=8, zorder=5, bbox=PAPER, **beside)
             values = values.drop(index=-1, errors="ignore")
+            if values.empty:
+                continue
             # the own output is the last
             values = values.loc[[*sorted(block for block in values.index if block > 0), 0]]
             place = range(len(values))
