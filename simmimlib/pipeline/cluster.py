@@ -57,18 +57,19 @@ class RunJob:
         """
         terminated: list[int] = []
         signal.signal(signal.SIGTERM, lambda number, frame: terminated.append(number))
+        interrupted: list[int] = []  # Ctrl-C reaches the jobs of the local executor, which repeats it at once
+        signal.signal(signal.SIGINT, lambda number, frame: interrupted.append(number))
         params, task = read_params(), submitit.JobEnvironment()
         if by_key(params).get(self.key) != self.wanted:
             raise ValueError(f"{self.key}: params.yaml holds other values than when this job was submitted")
         if todo := commands(params, self.wanted):
             name = f"{self.key}-{task.global_rank}" if task.global_rank else self.key
             self.running = Running(name, True, todo)
-            try:
-                while not self.running.ended():
-                    time.sleep(0.2)
-            except KeyboardInterrupt:  # Ctrl-C reaches the jobs of the local executor
+            while not interrupted and not self.running.ended():
+                time.sleep(0.2)
+            if interrupted:
                 self.checkpoint()
-                raise
+                raise KeyboardInterrupt
             if self.running.process.returncode:
                 while terminated and task.cluster == "slurm":
                     time.sleep(1)  # Slurm ends it within its grace time; had it ended before, it would not be requeued
