@@ -164,6 +164,9 @@ def bench_steps(rounds: int) -> list[dict]:
                 names.remove("simmimlib, compiled")  # takes minutes to compile there, and gains little
             contestants = {contestant: build(name, contestant, batch, precision) for contestant in names}
             seconds = interleave(contestants, rounds, repeats=10 if GPU else 1, warm_up=3 if GPU else 2)
+            contestants.clear()  # the processes that measure memory need theirs
+            gc.collect()
+            torch.cuda.empty_cache()
             for contestant, times in seconds.items():
                 speed = batch / statistics.median(times)
                 rows.append(
@@ -179,8 +182,6 @@ def bench_steps(rounds: int) -> list[dict]:
                     }
                 )
                 print(rows[-1], flush=True)
-            del contestants
-            gc.collect()
     return rows
 
 
@@ -199,7 +200,10 @@ def peak_memory(*arguments) -> float:
         "print(gpu or bench.peak_resident_memory())"
     )
     done = subprocess.run([sys.executable, "-c", code, json.dumps(arguments)], capture_output=True, text=True)
-    return int(done.stdout.split()[-1]) / 1e9 if done.returncode == 0 else float("nan")
+    if done.returncode != 0:
+        print(f"peak memory of {arguments} is not known: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+        return float("nan")
+    return int(done.stdout.split()[-1]) / 1e9
 
 
 # Input --------------------------------------------------------------------------------------------------------------

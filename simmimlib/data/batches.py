@@ -104,6 +104,8 @@ def training_batches(
     count = len(split)
     require(settings.batch_size <= count, "batch_size", settings.batch_size, f"at most {count}, the images to train on")
     if settings.source == "files" or settings.auto_augment or settings.color_jitter:
+        rgba = packed.channels == 4 and settings.auto_augment
+        require(not rgba, "auto_augment", settings.auto_augment, "empty for images of 4 channels")
         transform = create_transform(
             settings.image_size,
             is_training=True,

@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from simmimlib.data.sources import DataSettings, read_image
+from simmimlib.machine.device import cores
 from simmimlib.machine.progress import interactive
 
 CHUNK = 1024  # images decoded between two marks of what is done: little is lost by a kill, little time by marking
@@ -33,7 +34,7 @@ def decode_split(items: list, prefix: Path, settings: DataSettings) -> list[dict
     row = math.prod(shape)  # bytes
     step = max(1, min(CHUNK, CHUNK_BYTES // row))
     chunks = [[item for item, _ in items[i : i + step]] for i in range(0, len(items), step)]
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(cores())
     with update(f"{prefix}_images.npy") as images, update(f"{prefix}_done.jsonl") as log:
         there = os.fstat(images.fileno()).st_size
         start = write_header(images, (len(items), *shape))

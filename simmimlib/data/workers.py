@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from simmimlib.data.packed import Packed, Split
 from simmimlib.data.sources import MODES, read_image
 from simmimlib.data.streams import WORKERS, seed_globals
-from simmimlib.machine.distributed import local_shard, world_size
+from simmimlib.machine.device import cores
+from simmimlib.machine.distributed import local_shard
 from simmimlib.settings import require
 
 
@@ -47,7 +48,7 @@ class TransformedImages:
         self.loader = DataLoader(
             _Transformed(split, transform, packed.channels if files else None),
             batch_sampler=self.steps,
-            num_workers=max(1, (os.cpu_count() or 1) // world_size()),
+            num_workers=cores(),
             persistent_workers=True,
             pin_memory=device.type == "cuda",
         )

@@ -25,8 +25,20 @@ def pick_device() -> torch.device:
         return device
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if dist.is_initialized() and device.type != "cpu":
-        return torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+        return own_gpu(device)
     return device
+
+
+def own_gpu(device: torch.device) -> torch.device:
+    """The GPU of this process's local rank; a cluster may show each process only its own one."""
+    return torch.device(device.type, int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
+
+
+def cores() -> int:
+    """CPU cores for this process: those that it may use, at most its share among the processes of this machine."""
+    all_cores = os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else all_cores
+    return max(1, min(allowed, all_cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from simmimlib.machine.device import pick_device
+from simmimlib.machine.device import cores, own_gpu, pick_device
 from simmimlib.settings import Settings, require
 
 
@@ -86,11 +86,9 @@ def _in_group(loop: Callable, settings: Settings, on_epoch: Callable | None = No
     """One of several processes: joins the others, runs, leaves."""
     device = pick_device()
     if device.type == "cpu":
-        torch.set_num_threads(
-            max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # type: ignore[operator]
-        )
+        torch.set_num_threads(cores())
     else:
-        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+        device = own_gpu(device)
         torch.accelerator.set_device_index(device.index)
     # the backend that fits the device: NCCL for CUDA, gloo for CPUs
     dist.init_process_group(

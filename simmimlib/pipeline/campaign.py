@@ -19,7 +19,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -29,7 +30,7 @@ from simmimlib.machine.signals import stop_signals
 from simmimlib.pipeline.arms import STAGES, packed_folder, stage_parameters
 from simmimlib.pipeline.budget import makespan
 from simmimlib.pipeline.profiles import check_classes, check_packed, read_params
-from simmimlib.pipeline.running import STAGE, Running, by_key, commands, finished, record
+from simmimlib.pipeline.running import STAGE, Running, by_key, claim, finished, record
 
 NEWS = 60  # seconds between two looks at the runs that are under way
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
@@ -38,8 +39,8 @@ DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
 def run(params: dict, minutes: float, jobs: int) -> None:
     """As many runs as fit; each is recorded in ``runs.csv`` when it has finished."""
     done = set(record(params).get("key", []))
-    todo = {key: commands(params, wanted) for key, wanted in by_key(params).items() if key not in done}
-    todo = {key: left for key, left in todo.items() if left}  # another campaign may have finished one meanwhile
+    wanted = {key: of for key, of in by_key(params).items() if key not in done}
+    todo = {key: partial(claim, key, params, of) for key, of in wanted.items()}
     print(f"{len(done)} runs are recorded, {len(todo)} are to do, {jobs} at a time", flush=True)
     side_by_side(params, todo, jobs, minutes, lambda: record(params))
 
@@ -55,7 +56,11 @@ def repro(params: dict, jobs: int) -> None:
     stale = {stage.partition("@")[2] for stage in changed}
     # `--single-item`: DVC would not look at `code` again while another run holds it to read
     single = [*DVC, "repro", "--single-item"]
-    todo = {key: [[*single, *(f"{stage}@{key}" for stage in STAGES)]] for key in params["runs"] if key in stale}
+    todo = {
+        key: partial(Running, key, [[*single, *(f"{stage}@{key}" for stage in STAGES)]])
+        for key in params["runs"]
+        if key in stale
+    }
     if todo:
         print(f"{len(todo)} of {len(params['runs'])} runs are to do, {jobs} at a time", flush=True)
         side_by_side(params, todo, jobs, float("inf"), lambda: finished(params)[0])
@@ -67,11 +72,13 @@ def changed_stages() -> set[str]:
     return set(json.loads(status.stdout))
 
 
-def side_by_side(params: dict, todo: dict[str, list], jobs: int, minutes: float, report: Callable) -> None:
+def side_by_side(
+    params: dict, todo: Mapping[str, Callable[[], Running | None]], jobs: int, minutes: float, report: Callable
+) -> None:
     """Works through the commands of the runs; one is started only if the longest of its kind so far would still fit.
 
     Args:
-        todo: key of a run -> its commands.
+        todo: key of a run -> what starts it; gives None where nothing is to do.
         report: the finished runs as a table, called when one has ended.
     """
     start, total = time.monotonic(), len(todo)
@@ -92,7 +99,8 @@ def side_by_side(params: dict, todo: dict[str, list], jobs: int, minutes: float,
             while waiting and len(running) < jobs and not stopped:
                 if longest.get(trained[waiting[0]], 0) >= left:
                     break
-                running.append(Running(waiting[0], trained[waiting[0]], todo[waiting.pop(0)]))
+                if one := todo[waiting.pop(0)]():
+                    running.append(one)
             if not running:
                 break
             time.sleep(0.2)
@@ -113,9 +121,10 @@ def side_by_side(params: dict, todo: dict[str, list], jobs: int, minutes: float,
                     failed.append(one.name)
                     print(f"{one.name} failed:\n{one.log.read_text()[-2000:]}", flush=True)
                     continue
-                longest[one.trained] = max(longest.get(one.trained, 0), one.minutes)
+                longest[trained[one.name]] = max(longest.get(trained[one.name], 0), one.minutes)
                 ended = total - len(waiting) - len(running)
-                rest = minutes_left(running, [trained[key] for key in waiting], longest, jobs)
+                gone = [(trained[other.name], other.minutes) for other in running]
+                rest = minutes_left(gone, [trained[key] for key in waiting], longest, jobs)
                 print(f"run {ended} of {total}: {outcome(one, report())}; about {rest:.0f} min left", flush=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
@@ -123,15 +132,18 @@ def side_by_side(params: dict, todo: dict[str, list], jobs: int, minutes: float,
         sys.exit(f"stopped by {stopped[0]}")
 
 
-def minutes_left(running: list[Running], waiting: list[bool], longest: dict[bool, float], jobs: int) -> float:
+def minutes_left(
+    running: list[tuple[bool, float]], waiting: list[bool], longest: dict[bool, float], jobs: int
+) -> float:
     """Until all have ended, if none takes longer than the longest of its kind so far (of any, while its has none).
 
     Args:
+        running: of each run under way, whether it is pre-trained, and minutes so far.
         waiting: of each run that is not started, whether it is pre-trained.
         longest: minutes of the longest finished run that is pre-trained, and of the longest that is not.
     """
-    expected = [longest.get(kind, max(longest.values())) for kind in (*(one.trained for one in running), *waiting)]
-    elapsed = [one.minutes for one in running] + [0.0] * len(waiting)
+    expected = [longest.get(kind, max(longest.values())) for kind in (*(kind for kind, _ in running), *waiting)]
+    elapsed = [minutes for _, minutes in running] + [0.0] * len(waiting)
     return makespan([max(0.0, whole - gone) for whole, gone in zip(expected, elapsed, strict=True)], jobs)
 
 
@@ -217,11 +229,9 @@ def main() -> None:
 
 
 def jobs_here() -> int:
-    from simmimlib.machine.device import pick_device  # imported here: brings torch
+    from simmimlib.machine.device import cores, pick_device  # imported here: brings torch
 
-    if pick_device().type != "cpu":
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores() if pick_device().type == "cpu" else 1
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ when it has finished; what is recorded there is not submitted again. How a job e
 A job that is queued again resumes in the stage and at the step where it stopped.
 """
 
+import os
 import shutil
 import signal
 import sys
@@ -23,7 +24,7 @@ import time
 from pathlib import Path
 
 from simmimlib.pipeline.profiles import read_params
-from simmimlib.pipeline.running import Running, by_key, commands, record
+from simmimlib.pipeline.running import Running, by_key, claim, record
 from simmimlib.settings import require
 
 try:
@@ -62,9 +63,8 @@ class RunJob:
         params, task = read_params(), submitit.JobEnvironment()
         if by_key(params).get(self.key) != self.wanted:
             raise ValueError(f"{self.key}: params.yaml holds other values than when this job was submitted")
-        if todo := commands(params, self.wanted):
-            name = f"{self.key}-{task.global_rank}" if task.global_rank else self.key
-            self.running = Running(name, True, todo)
+        self.running = claim(self.key, params, self.wanted, task.global_rank)
+        if self.running:
             while not interrupted and not self.running.ended():
                 time.sleep(0.2)
             if interrupted:
@@ -128,7 +128,7 @@ def submit(
         slurm_srun_args=[f"--cpus-per-task={cpus_per_task}"] if cpus_per_task else None,
     )
     if not slurm:
-        run_here(executor, todo, jobs or 1)
+        run_here(executor, todo, jobs or 1, gpus_per_node)
         done = set(record(params).get("key", []))
         if failed := [one.key for one in todo if one.key not in done]:
             sys.exit(f"failed: {', '.join(failed)}; logs are in {folder} and .scratch")
@@ -143,13 +143,30 @@ def submit(
     print(f"queued: `squeue --me` shows them, `scancel` stops them; logs are in {folder} and .scratch")
 
 
-def run_here(executor: submitit.AutoExecutor, todo: list[RunJob], jobs: int) -> None:
-    """The local executor starts what it is given at once: it is given so many at a time."""
-    running: list[submitit.Job] = []
+def run_here(executor: submitit.AutoExecutor, todo: list[RunJob], jobs: int, gpus_per_run: int) -> None:
+    """The local executor starts at once what it gets, on the first GPUs: so it gets a few at a time, and their GPUs.
+
+    Raises:
+        ValueError: there are fewer GPUs than the runs at a time would take.
+    """
+    gpus = visible_gpus() if gpus_per_run else []
+    allowed = f"at most {len(gpus) // gpus_per_run if gpus else 0}, for {gpus_per_run} of {len(gpus)} GPUs each"
+    require(not gpus or jobs * gpus_per_run <= len(gpus), "--jobs", jobs, allowed)
+    running: dict[int, submitit.Job] = {}  # place -> its run
     waiting = list(todo)
     while waiting or running:
-        running = [job for job in running if not job.done()]
-        while waiting and len(running) < jobs:
+        running = {place: job for place, job in running.items() if not job.done()}
+        for place in sorted(set(range(jobs)) - running.keys())[: len(waiting)]:
             print(f"run {len(todo) - len(waiting) + 1} of {len(todo)}: {waiting[0].key}", flush=True)
-            running.append(executor.submit(waiting.pop(0)))
+            if gpus:
+                executor.update_parameters(local_visible_gpus=gpus[place * gpus_per_run : (place + 1) * gpus_per_run])
+            running[place] = executor.submit(waiting.pop(0))
         time.sleep(0.2)
+
+
+def visible_gpus() -> list[int]:
+    """Numbers of the GPUs that this process may use; the local executor sets CUDA_VISIBLE_DEVICES by them."""
+    import torch  # imported here: a grid on Slurm needs none
+
+    given = [number for number in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if number.isdecimal()]
+    return [int(number) for number in given] or list(range(torch.cuda.device_count()))

@@ -1,5 +1,6 @@
 """Two steps of a profile's pre-training and two of its fine-tuning: its model, its recipe, but noise for images."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from simmimlib.train.settings import FinetuneSettings, PretrainSettings
 
 def dry_run(name: str) -> None:
     """Shows that a profile starts, on any machine; batches are of two images, so the numbers mean nothing."""
+    os.environ.setdefault("SIMMIM_PROCESSES", "1")  # several could not share two images
     params = load_profile(name)
     folder = Path(".scratch/dry-run") / name
     rng = np.random.default_rng(0)
@@ -26,7 +28,7 @@ def dry_run(name: str) -> None:
             noise = rng.integers(0, 256, (300, 400 + 10 * i, 3), dtype=np.uint8)
             Image.fromarray(noise).save(folder / part / f"{j}.png")
     packed = {"data": str(folder / "packed"), "batch_size": 2, "epochs": 1}
-    size = {key: params["data"][key] for key in ("size", "channels", "statistics")}
+    size = {key: params["data"][key] for key in ("size", "channels", "statistics") if key in params["data"]}
     pack(DataSettings(data="folder", path=str(folder), out=str(folder / "packed"), **size))
     start = {"checkpoint": str(folder / "pretrain" / "model.safetensors"), "labelled_images": 0}
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from simmimlib.data.sources import MODES, Source, image_folder, read_image
+from simmimlib.machine.device import cores
 from simmimlib.settings import require
 
 DECODED = 5000  # images decoded, the first of a fixed shuffle; all of a smaller folder
@@ -115,7 +116,7 @@ def look(images: str) -> Look:
     source = image_folder(images)
     items = source.train + source.val
     paths = [items[i][0] for i in _shuffled(len(items), DECODED)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         looked = list(zip(paths, pool.map(_look_at, paths), strict=True))
     unreadable = [f"{path}: {why}" for path, (_, _, why) in looked if why]
     if len(unreadable) > HALF_COPIED * len(paths):
@@ -131,7 +132,7 @@ def look(images: str) -> Look:
 
 def same_files(some: list[str], others: list[str]) -> list[tuple[str, str]]:
     """Pairs of a file of ``some`` and one of ``others`` with the same bytes; only files of equal sizes are read."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         sizes, other_sizes = (list(pool.map(os.path.getsize, paths)) for paths in (some, others))
         both = set(sizes) & set(other_sizes)
         some, others = (

@@ -227,7 +227,8 @@ def to_yaml(choice: Choice, settings: OwnImagesSettings) -> str:
     ]
     lines = [line for text in header for line in wrapped(text)]
     seeds = list(range(choice.runs.seeds))
-    lines += [f"profile: {name}", f"seeds: {flow(seeds)}" + "  # an interval needs three; more decide more" * labelled]
+    lines.append(f"profile: {flow(name)}")
+    lines.append(f"seeds: {flow(seeds)}" + "  # an interval needs three; more decide more" * labelled)
     arms = {"default": len(seeds), "scratch": len(seeds)} if labelled else {"default": 1}
     lines.append(f"arms: {flow(arms)}  # `reconstruct_all`, `ratio` and other names of arms.yaml can be added")
     for section, values in choice.values.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
-from filelock import FileLock
+from filelock import BaseFileLock, FileLock, Timeout
 
 from simmimlib.machine.files import read_json, write_csv
 from simmimlib.pipeline.arms import STAGES, packed_folder, run_folder, wanted_runs
@@ -26,8 +26,8 @@ STAGE = [sys.executable, "-m", "simmimlib.pipeline.stages"]
 class Running:
     """One run of the profile: its commands, one after the other, each in a process group of its own."""
 
-    def __init__(self, name: str, trained: bool, commands: list[list[str]]):
-        self.name, self.trained, self.start = name, trained, time.monotonic()
+    def __init__(self, name: str, commands: list[list[str]], lock: BaseFileLock | None = None):
+        self.name, self.start, self.lock = name, time.monotonic(), lock
         self.commands = list(commands)
         self.log = Path(f".scratch/{name}.log")
         self.log.parent.mkdir(exist_ok=True)
@@ -52,6 +52,7 @@ class Running:
         if self.process.returncode == 0 and self.commands:
             self.next_command()
             return False
+        self.release()
         return True
 
     def stop(self) -> None:
@@ -69,6 +70,12 @@ class Running:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         process.kill()
             self.process.kill()
+        self.release()
+
+    def release(self) -> None:
+        """Lets other processes work on it."""
+        if self.lock:
+            self.lock.release()
 
     def standing(self) -> str:
         """Where it stands: the last line of its log, of a training its epoch, loss or accuracy, and seconds left."""
@@ -78,6 +85,30 @@ class Running:
     @property
     def minutes(self) -> float:
         return (time.monotonic() - self.start) / 60
+
+
+def claim(key: str, params: dict, wanted: dict, process: int = 0) -> Running | None:
+    """Starts what a run lacks, of which no other campaign or job can then start a stage.
+
+    Args:
+        key: of the run in the profile.
+        process: number of this process, where several on as many machines train the run together.
+
+    Returns:
+        None where it lacks nothing, or where another campaign or job is at it, which is said.
+    """
+    name = f"{key}-{process}" if process else key
+    Path(".scratch").mkdir(exist_ok=True)
+    lock = FileLock(f".scratch/{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{key} is left out: another campaign or job is at it", flush=True)
+        return None
+    if todo := commands(params, wanted):
+        return Running(name, todo, lock)
+    lock.release()
+    return None
 
 
 def by_key(params: dict) -> dict[str, dict]:

@@ -220,11 +220,12 @@ def confusion(counts: np.ndarray | pd.DataFrame, classes: list[str]) -> Figure:
     """Confusion matrix of counts [true, predicted], as shares of each true class in percent."""
     counts = np.asarray(counts)
     share = 100 * counts / counts.sum(1, keepdims=True).clip(1)
-    size = 0.45 * len(classes) + 2.2
+    size = min(0.45 * len(classes) + 2.2, 20)
     figure, axis = plt.subplots(figsize=(size + 0.8, size), layout="constrained")
     picture = axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    axis.set_xticks(range(len(classes)), classes, rotation=90)
-    axis.set_yticks(range(len(classes)), classes)
+    if len(classes) <= 50:
+        axis.set_xticks(range(len(classes)), classes, rotation=90)
+        axis.set_yticks(range(len(classes)), classes)
     axis.set(xlabel="predicted class", ylabel="true class")
     if len(classes) <= 20:
         for (i, j), value in np.ndenumerate(share):

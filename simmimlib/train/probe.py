@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from simmimlib.data.batches import Batches, validation_batches
 from simmimlib.data.packed import Packed, Split, labelled_subset, open_packed
@@ -25,6 +26,7 @@ from simmimlib.train.settings import ProbeSettings
 from simmimlib.weights.export import export_timm
 
 PIXELS = -1  # in place of a block's number: the raw pixels, the floor under every encoder
+PIXELS_SIDE = 32  # to which larger images are averaged for it
 
 
 def knn(settings: ProbeSettings) -> dict:
@@ -57,7 +59,8 @@ def linear_probe(settings: ProbeSettings) -> dict:
 def probe_blocks(settings: ProbeSettings) -> dict:
     """k-NN and linear probe of every block; ``settings.block`` has no say.
 
-    Writes ``blocks.csv``, a row a block (0 = the encoder's own output, -1 = raw pixels), and ``metrics.json``.
+    Writes ``blocks.csv``, a row a block (0 = the encoder's own output, -1 = raw pixels, averaged
+    to at most 32 by 32), and ``metrics.json``.
 
     Returns:
         The metrics: ``knn`` and ``linear`` of the encoder's own output, ``*_best`` and ``*_best_block`` of the best
@@ -140,9 +143,10 @@ class _Frozen:
 
     def _pixels(self, split: Split) -> Tensor:
         batches = self._batches(split)
-        found = torch.zeros(len(split), self.data.channels * self.settings.image_size**2, device=self.device)
+        side = min(self.settings.image_size, PIXELS_SIDE)
+        found = torch.zeros(len(split), self.data.channels * side**2, device=self.device)
         for rows, (images, _) in zip(batches.rows(0), batches, strict=True):
-            found[local_shard(rows).to(self.device)] = images.flatten(1)
+            found[local_shard(rows).to(self.device)] = adaptive_avg_pool2d(images, side).flatten(1)
         return sum_over_ranks(found)
 
     def knn(self, block: int) -> float:

@@ -19,9 +19,11 @@ from pathlib import Path
 
 import timm
 import torch
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from simmimlib.data.packed import Packed
+from simmimlib.machine.distributed import rank
 from simmimlib.machine.files import project_root, read_json, write_json
 from simmimlib.machine.statements import training_code
 from simmimlib.train.settings import TrainSettings
@@ -131,7 +133,18 @@ class RollingCheckpoint:
             old.unlink()
 
     def load(self, device: torch.device | None = None) -> dict | None:
-        """The newest state that can be read; None if there is none. What cannot be read is named and set aside."""
+        """The newest state that can be read; None if there is none. What cannot be read is named and set aside.
+
+        Of several processes all call this; the first one looks first, so that one of them sets aside.
+        """
+        if rank() > 0:
+            dist.barrier()
+        state = self._newest(device)
+        if rank() == 0 and dist.is_initialized():
+            dist.barrier()
+        return state
+
+    def _newest(self, device: torch.device | None) -> dict | None:
         for path in self.files():
             try:
                 return torch.load(io.BytesIO(read(path)), map_location=device, weights_only=True)

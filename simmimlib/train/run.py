@@ -82,7 +82,7 @@ class Run:
         starts_from: str = "",
     ):
         ranks, size = world_size(), batches.batch_size
-        require(size % ranks == 0, "batch_size", size, f"a multiple of {ranks} processes")
+        require(size % ranks == 0, "batch_size", size, f"a multiple of {ranks} processes (SIMMIM_PROCESSES)")
         self.title, self.settings, self.batches, self.model = title, settings, batches, model
         self.device, self.augment = batches.device, augment
         self.dtype = resolve_precision(settings.precision, self.device)

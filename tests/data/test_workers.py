@@ -68,6 +68,15 @@ def test_images_of_twelve_channels_have_no_transforms(tmp_path):
         train(open_packed(str(tmp_path / "out")), source="files")
 
 
+def test_randaugment_has_no_images_of_four_channels(tmp_path):
+    """Pillow's operations refuse them, one only when it is drawn."""
+    pack_folder(tmp_path, write_images(tmp_path / "clear", mode="RGBA"), size=16, channels=4)
+    packed = open_packed(str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="auto_augment = 'rand-m9': must be empty for images of 4 channels"):
+        train(packed, auto_augment="rand-m9")
+    assert next(iter(train(packed, source="files")))[0].shape[1] == 4
+
+
 def test_grey_files_and_arrays_stay_grey(tmp_path):
     pack_folder(tmp_path, write_images(tmp_path / "grey", mode="L"), size=16, channels=1)
     packed = open_packed(str(tmp_path / "out"))

@@ -92,7 +92,7 @@ def test_a_batch_that_cannot_be_shared(tmp_path, packed_folder, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_resume_after_a_kill(tmp_path, packed_folder, monkeypatch, capfd):
-    """Also with another number of processes: it is no part of a run's identity."""
+    """Also with another number of processes (no part of a run's identity), and with a damaged file."""
     script = (
         "import json, os, sys\nfrom simmimlib.train import losses, loop, resume\n"
         "losses.CHECK_STEPS, resume.SAVE_SECONDS, resume.SAVE_SHARE = 2, 0.0, 1e9\n"
@@ -107,9 +107,12 @@ def test_two_processes_resume_after_a_kill(tmp_path, packed_folder, monkeypatch,
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "script.py"]
     done = subprocess.run([*command, json.dumps(vars(settings))], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode != 0
+    (newest,) = (tmp_path / ".scratch/runs").glob("*/step-0000000006.ckpt")
+    newest.write_bytes(b"cut off")
     monkeypatch.setenv("SIMMIM_PROCESSES", "2")
     assert pretrain(settings)["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-3)
-    assert "resuming after step 6 of 12" in capfd.readouterr().out
+    told = capfd.readouterr().out
+    assert "resuming after step 4 of 12" in told and told.count("set aside") == 1, "the first process sets it aside"
     assert len(pd.read_csv(tmp_path / "run/log.csv")) == 6
 
 

@@ -86,7 +86,7 @@ def test_a_run_that_does_not_stop_is_killed(project, monkeypatch):
     deaf = (
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
     )
-    running = Running("deaf", True, [[sys.executable, "-c", deaf]])
+    running = Running("deaf", [[sys.executable, "-c", deaf]])
     while "deaf" not in running.log.read_text():
         time.sleep(0.05)
     running.stop()
@@ -95,7 +95,7 @@ def test_a_run_that_does_not_stop_is_killed(project, monkeypatch):
 
 
 def test_a_run_may_end_while_it_is_being_killed(project, monkeypatch):
-    running = Running("short", True, [[sys.executable, "-c", ""]])
+    running = Running("short", [[sys.executable, "-c", ""]])
 
     def too_late(seconds):
         os.waitpid(running.process.pid, 0)  # it is gone, and its number free, before `finish` looks for its children
@@ -107,9 +107,7 @@ def test_a_run_may_end_while_it_is_being_killed(project, monkeypatch):
 
 def test_a_run_outlives_what_slurm_says_to_all(project):
     """SIGUSR2 is for the job, which then stops its run."""
-    running = Running(
-        "waits", True, [[sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(60)"]]
-    )
+    running = Running("waits", [[sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(60)"]])
     while "ready" not in running.log.read_text():
         time.sleep(0.05)
     os.kill(running.process.pid, signal.SIGUSR2)
@@ -117,6 +115,42 @@ def test_a_run_outlives_what_slurm_says_to_all(project):
     assert running.process.poll() is None
     running.stop()
     assert running.process.wait() != 0
+
+
+def test_a_run_is_trained_by_one_campaign_at_a_time(project, capsys, monkeypatch):
+    params = read_params()
+    wanted = by_key(params)["tiny-default-0"]
+    monkeypatch.setattr(running_module, "commands", lambda *of: [[sys.executable, "-c", "input()"]])
+    first = running_module.claim("tiny-default-0", params, wanted)
+    assert running_module.claim("tiny-default-0", params, wanted) is None
+    assert capsys.readouterr().out == "tiny-default-0 is left out: another campaign or job is at it\n"
+    first.stop()
+    first.finish()
+    again = running_module.claim("tiny-default-0", params, wanted)
+    again.process.wait()
+    assert again.ended()
+    monkeypatch.setattr(running_module, "commands", lambda *of: [])
+    assert running_module.claim("tiny-default-0", params, wanted) is None
+    assert capsys.readouterr().out == "", "it is finished"
+
+
+def test_runs_at_a_time_have_gpus_of_their_own(monkeypatch):
+    taken, jobs = [], []
+
+    class Executor:
+        def update_parameters(self, local_visible_gpus):
+            taken.append(local_visible_gpus)
+
+        def submit(self, job):
+            jobs.append(SimpleNamespace(done=lambda: len(taken) > 2 or job.key == "b"))
+            return jobs[-1]
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7,1")
+    todo = [SimpleNamespace(key=key) for key in "abc"]
+    cluster.run_here(Executor(), todo, 2, 2)
+    assert taken == [[2, 5], [7, 1], [7, 1]], "the third is in the place of the second"
+    with pytest.raises(ValueError, match="--jobs = 3: must be at most 2, for 2 of 4 GPUs each"):
+        cluster.run_here(Executor(), todo, 3, 2)
 
 
 def test_a_job_of_another_profile_is_refused(project, monkeypatch):
@@ -158,7 +192,7 @@ def test_a_run_under_way_says_where_it_stands(tmp_path, monkeypatch):
     """Ten runs of an hour each must not be silent for an hour."""
     monkeypatch.chdir(tmp_path)
     said = "finetune epoch 10/20: loss 1.2, top1 45.2, 270 img/s, 30 s left"
-    one = Running("mine-default-0", True, [[sys.executable, "-c", f"print({said!r} + chr(10))"]])
+    one = Running("mine-default-0", [[sys.executable, "-c", f"print({said!r} + chr(10))"]])
     one.process.wait()
     assert one.standing() == f"mine-default-0, 0.0 min: {said}"
     one.log.write_text("")
@@ -166,7 +200,7 @@ def test_a_run_under_way_says_where_it_stands(tmp_path, monkeypatch):
 
 
 def test_time_left_knows_that_runs_without_pretraining_are_short():
-    running = [SimpleNamespace(trained=True, minutes=8.0), SimpleNamespace(trained=False, minutes=1.0)]
+    running = [(True, 8.0), (False, 1.0)]
     assert minutes_left(running, [], {True: 10.0, False: 3.0}, 2) == 2
     assert minutes_left(running, [True, False, False], {True: 10.0, False: 3.0}, 2) == 12
     assert minutes_left(running[:1], [False], {True: 10.0}, 1) == 12, "of a kind that is not known yet, the other's"

@@ -66,6 +66,13 @@ def test_without_classes_it_is_pretrained_alone(tmp_path, project, capsys):
     assert list(params["runs"]) == ["flat-default-0"] and params["data"]["holdout_per_class"] == 40
 
 
+@pytest.mark.parametrize("name", ["2024", "on"])
+def test_a_name_that_yaml_would_take_for_something_else(tmp_path, project, name):
+    root = write_images(tmp_path / "images", splits=(".",), classes=(".",), count=200)
+    project(name, "--images", root, "--minutes", 10)
+    assert load_profile(name)["profile"] == name
+
+
 @pytest.mark.parametrize(
     ("name", "images", "minutes", "message"),
     [

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -186,6 +187,15 @@ def test_a_run_of_other_parameters_is_named_and_left_out(project):
     markdown = (project / "results/tiny/ablations.md").read_text()
     left_out = "- results/tiny/runs/scratch-0 is left out: its pretrain was given"
     assert "| Default" in markdown and left_out not in markdown, "scratch has no epochs of its own to change"
+
+    # a run under way, here of a seed that the profile does not want: not in the curves either
+    runs = project / "results/tiny/runs"
+    shutil.copytree(runs / "default-0", runs / "default-1")
+    header, *rows = (runs / "default-1/finetune/log.csv").read_text().splitlines()
+    (runs / "default-1/finetune/log.csv").write_text("\n".join([header, rows[0].rpartition(",")[0] + ","]) + "\n")
+    run(*STAGES, "ablations", cwd=project)
+    shutil.rmtree(runs / "default-1")
+
     edit(project / "params.yaml", "labelled_images: 8", "labelled_images: 6")
     run("dvc", "repro", "finetune@tiny-default-0", cwd=project)
     run(*STAGES, "ablations", cwd=project)

@@ -15,7 +15,7 @@ from simmimlib.data.packing import pack
 from simmimlib.data.sources import DataSettings
 from simmimlib.model.encoders import create_encoder
 from simmimlib.model.simmim import SimMIM
-from simmimlib.train import classifiers
+from simmimlib.train import classifiers, probe
 from simmimlib.train.classifiers import STRENGTHS, fit_linear, weighted_vote
 from simmimlib.train.features import extract
 from simmimlib.train.probe import knn, linear_probe, probe_blocks
@@ -183,6 +183,14 @@ def test_raw_pixels_are_those_that_the_encoder_sees(tmp_path, similar_folder):
     classifier, strength = fit_linear(train.flatten(1).numpy(), labels.numpy(), seed=0)
     assert rows["linear"][-1] == 100 * classifier.score(val.flatten(1).numpy(), data.val.labels)
     assert rows["C"][-1] == strength
+
+
+def test_raw_pixels_of_large_images_are_averaged(tmp_path, similar_folder, monkeypatch):
+    """Of ImageNet at 192 pixels they would be hundreds of gigabytes."""
+    monkeypatch.setattr(probe, "PIXELS_SIDE", 4)
+    probe_blocks(probe_settings(similar_folder, tmp_path / "out", raw_pixels=True))
+    rows = pd.read_csv(tmp_path / "out/blocks.csv").set_index("block")
+    assert rows["features"][-1] == 3 * 4 * 4
 
 
 def test_without_raw_pixels_there_is_no_such_row(tmp_path, packed_folder):
