@@ -92,13 +92,15 @@ def compare(
         mean, low, high = interval(group[metric].dropna())
         row = {"arm": arm, **{key: about[key] for key in ("question", "heading", "label", "probes", "repeated")}}
         row |= {"reference": reference["arm"], "reference_paper": reference[paper]}
-        row |= {"paper": about[paper], "planned": planned.get(arm, len(group)), "seeds": int(group[metric].count())}
+        # beside another reference, of which the paper has no value, an arm's own value would stand alone
+        value = None if about["repeated"] and reference[paper] is None else about[paper]
+        row |= {"paper": value, "planned": planned.get(arm, len(group)), "seeds": int(group[metric].count())}
         row |= {"mean": mean, "sd": group[metric].std(), "low": low, "high": high}
         if arm != reference["arm"]:
             level = 1 - (1 - LEVEL) / counts[about["question"]]
             row |= paired(group, of_arm.get(reference["arm"], group[:0]), metric, level, *error)
-            ours, theirs = about[paper], reference[paper]
-            row["paper_difference"] = np.nan if ours is None or theirs is None else ours - theirs
+            theirs = reference[paper]
+            row["paper_difference"] = np.nan if value is None or theirs is None else value - theirs
             row["verdict"] = verdict(row["difference_low"], row["difference_high"], row["paper_difference"])
         if "pretrain_images_per_second" in group:
             row["fastest"] = group["pretrain_images_per_second"].max()

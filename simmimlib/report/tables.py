@@ -71,7 +71,7 @@ def to_markdown(
         f"Verdicts compare differences, not levels: gaps under {MARGIN} points count as none. A difference is over the "
         "seeds that both arms have, and so need not be that of the means.",
         "",
-        *_resolution(table),
+        *_resolution(table, probes),
         *origin_of(runs),
         "",
     ]
@@ -103,20 +103,28 @@ def to_markdown(
     return "\n".join(lines)
 
 
-def _resolution(table: pd.DataFrame) -> list[str]:
+def _resolution(table: pd.DataFrame, probes: pd.DataFrame | None) -> list[str]:
     """What differences the runs can tell apart."""
-    found = table[table.get("difference_low", pd.Series(np.nan, table.index)).notna()]
-    if not len(found):
+    said = [_spread("top-1", table)] if probes is None else [_spread("top-1", table), _spread("linear probe", probes)]
+    if not (said := [text for text in said if text]):
         return []
+    return [
+        "Standard deviation of a run once seed and arm are taken out, and half widths of the intervals of differences: "
+        f"{'; '.join(said)}. That two arms do not differ can be confirmed only by one narrower than ±{MARGIN}.",
+        "",
+    ]
+
+
+def _spread(metric: str, table: pd.DataFrame) -> str:
+    found = table[table.get("difference_low", pd.Series(np.nan, table.index)).notna()]
+    if metric != "top-1":
+        found = found[found["probes"]]  # the questions that show it
+    if not len(found):
+        return ""
     sd, df = found[["residual_sd", "df"]].iloc[0]
     half = (found["difference_high"] - found["difference_low"]) / 2
     widths = " to ".join(dict.fromkeys(f"±{width:.1f}" for width in (half.min(), half.max())))
-    return [
-        f"A run varies with a standard deviation of {sd:.2f} points once seed and arm are taken out ({df:.0f} degrees "
-        f"of freedom): intervals of differences are {widths} points. That two arms do not differ can be confirmed only "
-        f"by one narrower than ±{MARGIN}.",
-        "",
-    ]
+    return f"{metric} {sd:.2f} points ({df:.0f} degrees of freedom), {widths}"
 
 
 TOP1 = ("top-1 (95 % interval)", {"best": "top1_best", "linear": "probe_linear", "k-NN": "probe_knn"})

@@ -71,7 +71,7 @@ def test_a_reference_of_its_own_is_the_first_row_and_probes_have_a_table():
 
 def test_of_the_default_alone_there_is_nothing_to_tell_apart(frame):
     alone = markdown_of(frame[frame["arm"] == "default"])
-    assert "A run varies" not in alone and "A run varies with a standard deviation of 0." in markdown_of(frame)
+    assert "Standard deviation" not in alone and "of differences: top-1 0." in markdown_of(frame)
 
 
 def test_files(tmp_path, frame):
