@@ -59,7 +59,8 @@ def trend_line(runs: pd.DataFrame, arms: dict[str, dict], question: str) -> str:
         mean, low, high = trend(values)
         if np.isnan(low):
             return ""
-        mean, low, high = (round(value, 1) + 0.0 for value in (mean, low, high))  # -0.0 is 0.0
+        mean = round(mean, 1) + 0.0  # -0.0 is 0.0; the sign of a bound says something
+        low, high = (round(value, 6) + 0.0 for value in (low, high))
         found.append(f"{label} {mean:+.1f} ({low:+.1f} to {high:+.1f})")
     depths = [depth for depth in values if depth != 0]
     return (
