@@ -105,8 +105,10 @@ def to_markdown(
 
 def _resolution(table: pd.DataFrame, probes: pd.DataFrame | None) -> list[str]:
     """What differences the runs can tell apart."""
-    said = [_spread("top-1", table)] if probes is None else [_spread("top-1", table), _spread("linear probe", probes)]
-    if not (said := [text for text in said if text]):
+    said = _spread("top-1", table)
+    if probes is not None:  # the questions that show them
+        said += _spread("linear probe", probes[probes["probes"]])
+    if not said:
         return []
     return [
         "Standard deviation of a run once seed and arm are taken out, and half widths of the intervals of differences: "
@@ -115,16 +117,14 @@ def _resolution(table: pd.DataFrame, probes: pd.DataFrame | None) -> list[str]:
     ]
 
 
-def _spread(metric: str, table: pd.DataFrame) -> str:
+def _spread(metric: str, table: pd.DataFrame) -> list[str]:
     found = table[table.get("difference_low", pd.Series(np.nan, table.index)).notna()]
-    if metric != "top-1":
-        found = found[found["probes"]]  # the questions that show it
     if not len(found):
-        return ""
+        return []
     sd, df = found[["residual_sd", "df"]].iloc[0]
     half = (found["difference_high"] - found["difference_low"]) / 2
     widths = " to ".join(dict.fromkeys(f"±{width:.1f}" for width in (half.min(), half.max())))
-    return f"{metric} {sd:.2f} points ({df:.0f} degrees of freedom), {widths}"
+    return [f"{metric} {sd:.2f} points ({df:.0f} degrees of freedom), {widths}"]
 
 
 TOP1 = ("top-1 (95 % interval)", {"best": "top1_best", "linear": "probe_linear", "k-NN": "probe_knn"})
