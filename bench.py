@@ -6,7 +6,7 @@
     runs        on a CPU: a run at a time on all cores, against one on each core, whole processes; with --against,
                 also against the code of another checkout, a run at a time on all cores
     start       time to import, and a `dvc repro` with nothing to do
-    gpu         on a GPU: the cost of `deterministic`, and several runs that share the device
+    gpu         on a GPU: the cost of `deterministic`, and runs of a small model that share the device
     deviation   the packed source against decoding each image in every epoch: crops, pixels, the loss of a short run
 
 Contestants take turns within one run (A B A B ...), so that a machine whose speed drifts treats them alike; figures are
@@ -102,7 +102,7 @@ def ours(model_name: str, batch: int, dtype: torch.dtype, compiled=False):
     model = SimMIM(encoder).to(DEVICE).train()
     optimizer = create_optimizer(parameter_groups(model, 1e-4, 0.05, pretraining=True))
     objective = Objective(model, lambda model, images, masks: model(images, masks).loss)
-    objective = torch.compile(objective) if compiled else objective
+    objective = torch.compile(objective, dynamic=False) if compiled else objective
     images = torch.randn(batch, 3, arguments[1], arguments[1], device=DEVICE)
 
     return stepper(model, optimizer, dtype, lambda: objective(images, masks(batch, device=DEVICE)))
@@ -154,19 +154,21 @@ def step_flops(model_name: str) -> int:
 
 
 def bench_steps(rounds: int) -> list[dict]:
-    batch = 256 if GPU else 8
+    batch = 128 if GPU else 8
     rows = []
-    for precision, dtype in DTYPES.items():
-        rate = matrix_rate(dtype)
+    for precision in ("bfloat16",) if GPU else DTYPES:  # what runs compute in on a GPU
+        rate = matrix_rate(DTYPES[precision])
         for name in MODELS:
             names = ["simmimlib", "simmimlib, compiled", "transformers"]
             if not GPU:
                 names.remove("simmimlib, compiled")  # takes minutes to compile there, and gains little
-            contestants = {contestant: build(name, contestant, batch, precision) for contestant in names}
+            contestants, memory = {}, {}
+            for contestant in names:
+                arguments = (name, contestant, batch, precision)
+                before = torch.cuda.memory_allocated() if GPU else 0
+                step = contestants[contestant] = build(*arguments)
+                memory[contestant] = peak_allocated(step) - before if GPU else peak_memory(*arguments)
             seconds = interleave(contestants, rounds, repeats=10 if GPU else 1, warm_up=3 if GPU else 2)
-            contestants.clear()  # the processes that measure memory need theirs
-            gc.collect()
-            torch.cuda.empty_cache()
             for contestant, times in seconds.items():
                 speed = batch / statistics.median(times)
                 rows.append(
@@ -178,10 +180,13 @@ def bench_steps(rounds: int) -> list[dict]:
                         "images/s": speed,
                         "times transformers": ratio(seconds, "transformers", contestant),
                         "share of the matrix rate": speed * step_flops(name) / rate,
-                        "peak memory, GB": peak_memory(name, contestant, batch, precision),
+                        "peak memory, GB": memory[contestant] / 1e9,
                     }
                 )
                 print(rows[-1], flush=True)
+            del contestants, step
+            gc.collect()
+            torch.cuda.empty_cache()
     return rows
 
 
@@ -191,19 +196,26 @@ def build(model_name: str, contestant: str, batch: int, precision: str):
     return ours(model_name, batch, DTYPES[precision], "compiled" in contestant)
 
 
+def peak_allocated(step) -> int:
+    """Bytes that torch allocates on the GPU in two steps, at most."""
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    step()
+    return torch.cuda.max_memory_allocated()
+
+
 def peak_memory(*arguments) -> float:
-    """Of two steps in a process of their own: on a GPU what torch allocated, otherwise the resident memory."""
+    """Resident bytes of a process of its own that takes two steps."""
     code = (
-        "import sys, json, torch, bench\n"
-        "step = bench.build(*json.loads(sys.argv[1])); step(); step(); bench.synchronize()\n"
-        "gpu = torch.cuda.max_memory_allocated() if bench.GPU else 0\n"
-        "print(gpu or bench.peak_resident_memory())"
+        "import sys, json, bench\n"
+        "step = bench.build(*json.loads(sys.argv[1])); step(); step()\n"
+        "print(bench.peak_resident_memory())"
     )
     done = subprocess.run([sys.executable, "-c", code, json.dumps(arguments)], capture_output=True, text=True)
     if done.returncode != 0:
         print(f"peak memory of {arguments} is not known: {done.stderr.strip().splitlines()[-1:]}", flush=True)
         return float("nan")
-    return int(done.stdout.split()[-1]) / 1e9
+    return int(done.stdout.split()[-1])
 
 
 # Input --------------------------------------------------------------------------------------------------------------
@@ -362,6 +374,12 @@ except ImportError:
 pretrain(PretrainSettings.from_values(json.loads(sys.argv[1])))"""
 
 
+def short_run(params: dict, seed: int, folder: str, epochs: int) -> dict:
+    """Parameters of a pre-training with a profile's model and recipe on a packed set in ``folder``."""
+    values = stage_parameters(params, "pretrain", "default", seed)
+    return values | {"data": folder, "epochs": epochs, "out": f"{folder}/{seed}", "warmup_epochs": 0}
+
+
 def bench_runs(rounds: int) -> list[dict]:
     """Seconds a run takes of the machine, a short pre-training with its start, for the models of two profiles."""
     cores, rows = os.cpu_count() or 1, []
@@ -375,8 +393,7 @@ def bench_runs(rounds: int) -> list[dict]:
             def run(jobs: int, threads: int, code=".", folder=folder, params=params, epochs=epochs) -> None:
                 started = []
                 for seed in range(jobs):
-                    values = stage_parameters(params, "pretrain", "default", seed)
-                    values |= {"data": folder, "epochs": epochs, "out": f"{folder}/{seed}", "warmup_epochs": 0}
+                    values = short_run(params, seed, folder, epochs)
                     environment = os.environ | {
                         "OMP_NUM_THREADS": str(threads),
                         "PYTHONPATH": str(Path(code).resolve()),  # -P: not the working directory
@@ -437,26 +454,28 @@ def bench_gpu(rounds: int) -> list[dict]:
         return []
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        pack_photographs(folder, 1024, 256)
+        packed = Path(folder, "packed")
+        packed.mkdir()
+        write_noise(packed, 1024, 256)
         for round_ in range(rounds):
             for deterministic in (False, True):
-                changes = {"epochs": 3, "deterministic": deterministic, "seed": round_}
-                metrics = pretrain(input_settings(folder, **changes))
-                rows.append({"run": f"deterministic = {deterministic}", "images/s": metrics["images_per_second"]})
-        # a small model: 110,000 parameters on digits, as in the quick profile
-        for together in (1, 2, 4, 8):
-            command = "from simmimlib import PretrainSettings, pretrain; import sys; n = int(sys.argv[1])\n"
-            command += "pretrain(PretrainSettings(epochs=20, batch_size=128, seed=n, out=sys.argv[2]))"
-            arguments = [[sys.executable, "-c", command, str(i), str(folder / f"run{i}")] for i in range(together)]
-            processes = [subprocess.Popen(one, stdout=subprocess.DEVNULL) for one in arguments]
-            codes = [process.wait() for process in processes]
-            rates = [
-                json.loads((folder / f"run{i}/metrics.json").read_text())["images_per_second"]
-                for i, code in enumerate(codes)
-                if code == 0
-            ]
-            rows.append({"run": f"{together} small runs in as many processes", "images/s": sum(rates)})
+                changes = {"epochs": 10, "deterministic": deterministic, "seed": round_}
+                metrics = pretrain(input_settings(Path(folder), **changes))
+                run = f"Swin-T, deterministic = {deterministic}"
+                rows.append({"run": run, "images/s": metrics["images_per_second"]})
+    with tempfile.TemporaryDirectory() as folder:  # the model of `cifar10-cpu`, which is far from filling a GPU
+        params = load_profile("cifar10-cpu")
+        write_noise(Path(folder), 16_000, 32)
+        for together in (1, 4, os.cpu_count() or 1):
+            values = [short_run(params, seed, folder, epochs=4) for seed in range(together)]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            commands = [[sys.executable, "-c", RUN, json.dumps(one)] for one in values]
+            started = [subprocess.Popen(one, env=environment, stdout=subprocess.DEVNULL) for one in commands]
+            codes = [process.wait() for process in started]
+            assert not any(codes)
+            metrics = [json.loads(Path(one["out"], "metrics.json").read_text()) for one in values]
+            rate = sum(one["images_per_second"] for one in metrics)
+            rows.append({"run": f"{together} small runs in as many processes", "images/s": rate})
     print(*rows, sep="\n", flush=True)
     return rows
 
