@@ -41,7 +41,21 @@ def statements(source: str) -> str:
             node.annotation = None
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setting":
             del node.args[1:]  # the explanation of a setting
-    return ast.unparse(tree)
+    return ast.unparse(_Formatted().visit(tree))
+
+
+class _Formatted(ast.NodeTransformer):
+    """f-strings as calls: how they would be quoted depends on the version of Python."""
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
+        self.generic_visit(node)
+        parts = [part for part in node.values if not (isinstance(part, ast.Constant) and part.value == "")]
+        return ast.Call(ast.Name("joined"), parts, [])  # type: ignore[arg-type]
+
+    def visit_FormattedValue(self, node: ast.FormattedValue) -> ast.AST:
+        self.generic_visit(node)
+        spec = [node.format_spec] if node.format_spec else []
+        return ast.Call(ast.Name("formatted"), [node.value, ast.Constant(node.conversion), *spec], [])
 
 
 def group_statements(group: str) -> str:

@@ -56,6 +56,23 @@ def test_statements_count(before, after):
     assert statements(SOURCE.replace(before, after)) != statements(SOURCE)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [("y + 1", "f'{y:.2f} {x}'"), ("f'{y:.2f}'", "f'{y:.3f}'"), ("f'{y!r}'", "f'{y}'")]
+)
+def test_a_formatted_string_counts_by_its_parts(before, after):
+    with_before = SOURCE.replace("y + 1", before)
+    assert statements(SOURCE.replace("y + 1", after)) != statements(with_before)
+
+
+def test_the_version_of_python_does_not_count():
+    """From Python 3.12 on, quotes within a formatted string may be those around it, and `ast.unparse` writes it so."""
+    source = """x = f'{", ".join(names)!r:>{width}} of "{count}"'"""
+    assert statements(source) == (
+        "x = joined(formatted(', '.join(names), 114, joined('>', formatted(width, -1))), ' of \"', "
+        "formatted(count, -1), '\"')"
+    )
+
+
 def test_a_function_of_nothing_but_a_docstring_stays_one():
     compile(statements('def f():\n    """Nothing."""\n'), "f", "exec")
 
