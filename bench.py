@@ -36,7 +36,7 @@ from simmimlib.data.batches import training_batches
 from simmimlib.data.crops import random_resized_boxes
 from simmimlib.data.packed import open_packed
 from simmimlib.data.packing import pack
-from simmimlib.machine.device import autocast, pick_device, resolve_precision
+from simmimlib.machine.device import autocast, cores, pick_device, resolve_precision
 from simmimlib.machine.files import whole_file
 from simmimlib.pipeline.arms import stage_parameters
 from simmimlib.pipeline.profiles import load_profile
@@ -382,8 +382,8 @@ def short_run(params: dict, seed: int, folder: str, epochs: int) -> dict:
 
 def bench_runs(rounds: int) -> list[dict]:
     """Seconds a run takes of the machine, a short pre-training with its start, for the models of two profiles."""
-    cores, rows = os.cpu_count() or 1, []
-    if GPU or cores == 1:
+    count, rows = cores(), []
+    if GPU or count == 1:
         return rows
     for name, images, epochs in (("quick", 4000, 8), ("cifar10-cpu", 16000, 1)):
         params = load_profile(name)
@@ -402,15 +402,15 @@ def bench_runs(rounds: int) -> list[dict]:
                     started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
                 assert not any(process.wait() for process in started)
 
-            one, many = f"one at a time, {cores} threads", f"{cores} side by side, a thread each"
-            ways = {one: lambda run=run: run(1, cores), many: lambda run=run: run(cores, 1)}
+            one, many = f"one at a time, {count} threads", f"{count} side by side, a thread each"
+            ways = {one: lambda run=run: run(1, count), many: lambda run=run: run(count, 1)}
             if ARGUMENTS.against:
                 there = ["git", "-C", ARGUMENTS.against, "rev-parse", "--short", "HEAD"]
                 commit = subprocess.run(there, capture_output=True, text=True, check=True).stdout.strip()
-                one = f"commit {commit}, one at a time, {cores} threads"
-                ways = {one: lambda run=run: run(1, cores, ARGUMENTS.against), **ways}
+                one = f"commit {commit}, one at a time, {count} threads"
+                ways = {one: lambda run=run: run(1, count, ARGUMENTS.against), **ways}
             seconds = interleave(ways, rounds, 1, 0)
-            seconds[many] = [time / cores for time in seconds[many]]
+            seconds[many] = [time / count for time in seconds[many]]
             for way, times in seconds.items():
                 share = ratio(seconds, one, way)
                 rows.append(
@@ -466,7 +466,7 @@ def bench_gpu(rounds: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:  # the model of `cifar10-cpu`, which is far from filling a GPU
         params = load_profile("cifar10-cpu")
         write_noise(Path(folder), 16_000, 32)
-        for together in (1, 4, os.cpu_count() or 1):
+        for together in (1, 4, cores()):
             values = [short_run(params, seed, folder, epochs=4) for seed in range(together)]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             commands = [[sys.executable, "-c", RUN, json.dumps(one)] for one in values]

@@ -1,5 +1,7 @@
 """The README's table of findings: every arm that was run, at every scale, with its verdict.
 
+Two profiles of one recipe and other seeds are also judged together (``pooled``).
+
 python -m simmimlib.report.front    # writes it between the two marks in README.md, from results/*/ablations.csv
 """
 
@@ -9,9 +11,11 @@ from pathlib import Path
 import pandas as pd
 
 from simmimlib.machine.files import project_root, write_text
+from simmimlib.report.statistics import interval, paired, residual, verdict
 from simmimlib.report.tables import seeds_of
 
-PROFILES = ("quick", "cifar10-cpu", "cifar10", "imagenette")  # columns, those of them that have results
+PROFILES = ("quick", "cifar10-cpu", "cifar10-replica", "cifar10", "imagenette")  # columns, those that have results
+POOLED = ("cifar10-cpu", "cifar10-replica")
 BEGIN = "<!-- findings: written by python -m simmimlib.report.front -->"
 END = "<!-- end of findings -->"
 
@@ -21,11 +25,11 @@ def findings(root: Path) -> str:
 
     What is compared with another arm than the default comes in a second table, folded up, which names that arm.
     """
-    tables = {
-        name: {(row["question"], row["arm"]): row for row in pd.read_csv(path).to_dict("records")}
-        for name in PROFILES
-        if (path := root / f"results/{name}/ablations.csv").is_file()
-    }
+    rows = {name: pd.read_csv(path).to_dict("records") for name in PROFILES if (path := _table(root, name)).is_file()}
+    if set(POOLED) <= set(rows):
+        at = list(rows).index(POOLED[-1]) + 1
+        rows = dict([*list(rows.items())[:at], ("both", pooled(root)), *list(rows.items())[at:]])
+    tables = {name: {(row["question"], row["arm"]): row for row in of} for name, of in rows.items()}
     levels = [table["default", "default"] for table in tables.values()]
     labels = {arm: row["label"] for table in tables.values() for (_, arm), row in table.items()}
     compared = [{key: row for key, row in t.items() if not math.isnan(row["difference"])} for t in tables.values()]
@@ -49,6 +53,35 @@ def findings(root: Path) -> str:
         summary = f"<details><summary>{len(others)} comparisons with other arms than the default</summary>"
         text += f"\n\n{summary}\n\n{_markdown(['question', 'differences from', *columns], others)}\n\n</details>"
     return text
+
+
+def pooled(root: Path) -> list[dict]:
+    """Rows of arms that both profiles of ``POOLED`` have finished, over the seeds of both.
+
+    Differences are paired by seed, so within one profile; the common error is that of these arms alone. Intervals and
+    verdicts hold jointly over the arms that the first profile gives a question.
+    """
+    tables = [pd.read_csv(_table(root, name)) for name in POOLED]
+    whole = [set(table.loc[table["seeds"] >= table["planned"], "arm"]) for table in tables]
+    runs = pd.concat([pd.read_csv(_table(root, name).with_name("runs.csv")) for name in POOLED])
+    of_arm = {arm: group.set_index("seed") for arm, group in runs.groupby("arm") if arm in whole[0] & whole[1]}
+    error = residual(runs[runs["arm"].isin(of_arm)].pivot(index="seed", columns="arm", values="top1"))
+    rows = []
+    for row in tables[0].to_dict("records"):
+        if not {row["arm"], row["reference"]} <= set(of_arm):
+            continue
+        group = of_arm[row["arm"]]
+        row["mean"], row["low"], row["high"] = interval(group["top1"])
+        row["seeds"] = row["planned"] = len(group)
+        if row["arm"] != row["reference"]:
+            row |= paired(group, of_arm[row["reference"]], "top1", row["level"], *error)
+            row["verdict"] = verdict(row["difference_low"], row["difference_high"], row["paper_difference"])
+        rows.append(row)
+    return rows
+
+
+def _table(root: Path, profile: str) -> Path:
+    return root / f"results/{profile}/ablations.csv"
 
 
 def _markdown(columns: list[str], rows: list[list[str]]) -> str:

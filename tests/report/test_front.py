@@ -2,10 +2,11 @@ import subprocess
 
 import pandas as pd
 import pytest
+from scipy import stats
 from tables_data import ARMS, runs
 
 from conftest import ROOT
-from simmimlib.report.front import findings, write_findings
+from simmimlib.report.front import findings, pooled, write_findings
 from simmimlib.report.statistics import compare
 
 
@@ -42,6 +43,39 @@ def test_other_references_are_named_and_unfinished_arms_counted(project):
     # nothing to show of cifar10-cpu: no column
     heading = lines.index("| question | differences from | arm | paper | `quick` |")
     assert lines[heading + 2].startswith("| Which depth? | MAE | MAE 2 | +0.1 | **undecided**, +1.5 (")
+
+
+@pytest.fixture
+def two_sets(tmp_path):
+    """One recipe, run from seeds 0 to 2 and from seeds 5 to 7: of the second set L2 is not finished."""
+    of_set = {
+        "cifar10-cpu": {"default": [50, 65, 80], "reconstruct_all": [48, 63, 77], "l2": [51, 66, 81]},
+        "cifar10-replica": {"default": [70, 60, 71], "reconstruct_all": [69, 58, 70], "l2": [70, 61]},
+    }
+    for first, (name, values) in zip((0, 5), of_set.items(), strict=True):
+        table = runs(**values).assign(seed=lambda rows, first=first: rows["seed"] + first)
+        (tmp_path / "results" / name).mkdir(parents=True)
+        table.to_csv(tmp_path / "results" / name / "runs.csv", index=False)
+        planned = {"default": 3, "reconstruct_all": 3, "l2": 3}
+        compare(table, ARMS, planned=planned).to_csv(tmp_path / "results" / name / "ablations.csv", index=False)
+    return tmp_path
+
+
+def test_two_sets_of_runs_are_judged_together(two_sets):
+    default, scope = pooled(two_sets)  # no L2
+    assert (default["arm"], default["seeds"], default["mean"]) == ("default", 6, 66)
+    differences = pd.Series([-2, -2, -3, -1, -2, -1])
+    # with two arms one error for all runs is the paired t-test, whatever the seeds of the two sets have in common
+    low, high = stats.t.interval(0.95, 5, differences.mean(), differences.sem())
+    assert (scope["pairs"], scope["verdict"]) == (6, "agrees")
+    assert [scope[key] for key in ("difference", "difference_low", "difference_high")] == pytest.approx(
+        [differences.mean(), low, high]
+    )
+    lines = findings(two_sets).splitlines()
+    assert lines[0] == "| question | arm | paper | `cifar10-cpu` | `cifar10-replica` | `both` |"
+    assert any(line.endswith("| **agrees**, -1.8 (-2.6 to -1.0), n = 6 |") for line in lines)
+    (l2,) = [line for line in lines if "| L2 |" in line]
+    assert "n = 2 of 3" in l2 and l2.endswith("|  |")
 
 
 def test_only_what_lies_between_the_marks_is_written(project):
