@@ -77,7 +77,8 @@ def test_papermill_explains_every_parameter(name):
         assert f"{field}: " in shown and re.sub(r"\s+", " ", settings.about[field]) in shown, field
 
 
-WHOLE_GRIDS = ("cifar10", "cifar10-cpu", "cifar10-replica", "imagenette")  # profiles of so many arms that a test of them is slow
+# profiles of so many arms that a test of them is slow
+WHOLE_GRIDS = ("cifar10", "cifar10-cpu", "cifar10-replica", "imagenette")
 
 
 @pytest.mark.parametrize(
