@@ -467,7 +467,7 @@ def bench_gpu(rounds: int) -> list[dict]:
         params = load_profile("cifar10-cpu")
         write_noise(Path(folder), 16_000, 32)
         for together in (1, 4, cores()):
-            values = [short_run(params, seed, folder, epochs=4) for seed in range(together)]
+            values = [short_run(params, seed, folder, epochs=2) for seed in range(together)]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             commands = [[sys.executable, "-c", RUN, json.dumps(one)] for one in values]
             started = [subprocess.Popen(one, env=environment, stdout=subprocess.DEVNULL) for one in commands]
