@@ -1,16 +1,18 @@
-"""The README's table of findings: every arm that was run, at every scale, with its verdict.
+"""The README's table of findings: every arm that was run, at every scale, with its verdict; and a figure of it.
 
 Two profiles of one recipe and other seeds are also judged together (``pooled``).
 
-python -m simmimlib.report.front    # writes it between the two marks in README.md, from results/*/ablations.csv
+python -m simmimlib.report.front    # writes, from results/, what is between the two marks in README.md; findings.png
 """
 
 import math
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 
 from simmimlib.machine.files import project_root, write_text
+from simmimlib.report.figures import differences_beside_paper, save
 from simmimlib.report.statistics import interval, paired, residual, verdict
 from simmimlib.report.tables import seeds_of
 
@@ -20,16 +22,23 @@ BEGIN = "<!-- findings: written by python -m simmimlib.report.front -->"
 END = "<!-- end of findings -->"
 
 
+def judged(root: Path) -> dict[str, list[dict]]:
+    """Rows of each profile's table, and of both of ``POOLED`` together where both have results."""
+    rows = {}
+    for name in PROFILES:
+        if (path := _table(root, name)).is_file():
+            rows[name] = pd.read_csv(path).to_dict("records")
+        if name == POOLED[-1] and set(POOLED) <= set(rows):
+            rows["both"] = pooled(root)
+    return rows
+
+
 def findings(root: Path) -> str:
     """The table as Markdown: the default's level, then a row an arm, question by question; a column a profile.
 
     What is compared with another arm than the default comes in a second table, folded up, which names that arm.
     """
-    rows = {name: pd.read_csv(path).to_dict("records") for name in PROFILES if (path := _table(root, name)).is_file()}
-    if set(POOLED) <= set(rows):
-        at = list(rows).index(POOLED[-1]) + 1
-        rows = dict([*list(rows.items())[:at], ("both", pooled(root)), *list(rows.items())[at:]])
-    tables = {name: {(row["question"], row["arm"]): row for row in of} for name, of in rows.items()}
+    tables = {name: {(row["question"], row["arm"]): row for row in rows} for name, rows in judged(root).items()}
     levels = [table["default", "default"] for table in tables.values()]
     labels = {arm: row["label"] for table in tables.values() for (_, arm), row in table.items()}
     compared = [{key: row for key, row in t.items() if not math.isnan(row["difference"])} for t in tables.values()]
@@ -110,6 +119,9 @@ def write_findings(root: Path) -> None:
     before, _, rest = path.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     write_text(path, f"{before}{BEGIN}\n{findings(root)}\n{END}{after}")
+    figure = differences_beside_paper(judged(root))
+    save(figure, root / "results/findings.png")
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,24 @@ def test_arms_beside_the_paper_shows_all_values():
     assert paper.get_xlim()[0] < 82.7 < paper.get_xlim()[1]
 
 
+def test_differences_beside_the_papers():
+    """A profile without an arm of the paper's grid has no mark, an arm without a difference there no row."""
+    small = compare(runs(default=[50, 52], scratch=[5, 6]), ARMS)
+    grid = compare(runs(default=[50, 52, 54], scratch=[5, 6, 7], reconstruct_all=[49, 51, 54], l2=[51]), ARMS)
+    profiles = {"small": small.to_dict("records"), "grid": grid.to_dict("records")}
+    figure = figures.differences_beside_paper(profiles)
+    (axis,) = figure.axes
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["All", "L2"]
+    (container,) = axis.containers
+    assert container.get_label() == "grid" and container[0].get_xdata().round(2).tolist() == [-0.67, 1]
+    low, high = container[2][0].get_segments()[0][:, 0]
+    row = grid.set_index("arm").loc["reconstruct_all"]
+    assert (low, high) == pytest.approx((row["difference_low"], row["difference_high"]), abs=1e-3)
+    assert container[2][0].get_segments()[1][:, 0].tolist() == [1, 1]  # no interval of one seed
+    paper = next(line for line in axis.get_lines() if line.get_marker() == "D")
+    assert paper.get_xdata() == pytest.approx([-1.1, -0.1])
+
+
 def test_curves_of_logs_that_were_not_validated_every_epoch():
     log = pd.DataFrame({"epoch": [1, 2, 3], "top1": [None, 40.0, 50.0]})
     (axis,) = figures.curves({"Default": [log]}, "top1", "top-1, %").axes

@@ -85,6 +85,7 @@ def test_only_what_lies_between_the_marks_is_written(project):
     write_findings(project)
     text = (project / "README.md").read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "| All |" in text
+    assert (project / "results/findings.png").stat().st_size > 10_000
 
 
 def test_the_readme_shows_the_findings_of_the_results():
