@@ -156,7 +156,7 @@ def step_flops(model_name: str) -> int:
 def bench_steps(rounds: int) -> list[dict]:
     batch = 128 if GPU else 8
     rows = []
-    for precision in ("bfloat16",) if GPU else DTYPES:  # what runs compute in on a GPU
+    for precision in ("bfloat16",) if GPU else DTYPES:  # what `precision: auto` is on a GPU
         rate = matrix_rate(DTYPES[precision])
         for name in MODELS:
             names = ["simmimlib", "simmimlib, compiled", "transformers"]
@@ -466,7 +466,7 @@ def bench_gpu(rounds: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:  # the model of `cifar10-cpu`, which is far from filling a GPU
         params = load_profile("cifar10-cpu")
         write_noise(Path(folder), 16_000, 32)
-        for together in (1, 4, cores()):
+        for together in sorted({1, 4, cores()}):
             values = [short_run(params, seed, folder, epochs=2) for seed in range(together)]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             commands = [[sys.executable, "-c", RUN, json.dumps(one)] for one in values]

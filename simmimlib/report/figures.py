@@ -110,25 +110,25 @@ def differences_beside_paper(profiles: dict[str, list[dict]]) -> Figure:
     Args:
         profiles: of each the rows of ``statistics.compare``; arms without a difference in the paper are left out.
     """
-    judged = {}
+    shown = {}
     for name, rows in profiles.items():
         own = [row for row in rows if row["reference"] == "default" and np.isfinite(row["paper_difference"])]
         if own:
-            judged[name] = {row["arm"]: row for row in own}
-    arms = {arm: row for of in judged.values() for arm, row in of.items()}
+            shown[name] = {row["arm"]: row for row in own}
+    arms = {arm: row for of in shown.values() for arm, row in of.items()}
     place = {arm: len(arms) - i for i, arm in enumerate(arms)}
     figure, axis = plt.subplots(figsize=(8, 0.55 * len(arms) + 1.6), layout="constrained")
     axis.axvspan(-MARGIN, MARGIN, color="tab:green", alpha=0.1, label=f"no difference (±{MARGIN})")
     axis.axvline(0, color="gray", linewidth=0.8)
-    for i, (name, of) in enumerate(judged.items()):
-        y = [place[arm] + 0.3 - 0.6 * (i + 0.5) / len(judged) for arm in of]
+    for i, (name, of) in enumerate(shown.items()):
+        y = [place[arm] + 0.3 - 0.6 * (i + 0.5) / len(shown) for arm in of]
         found = np.array([[row[f"difference{end}"] for end in ("", "_low", "_high")] for row in of.values()])
         bars = np.nan_to_num(np.abs(found[:, 1:] - found[:, :1]).T)
         axis.errorbar(found[:, 0], y, xerr=bars, fmt="o", markersize=5, capsize=3, label=name)
     theirs = [row["paper_difference"] for row in arms.values()]
     axis.plot(theirs, list(place.values()), "kD", fillstyle="none", label="paper (ImageNet-1K, Swin-B)")
     axis.set_yticks(list(place.values()), [row["label"] for row in arms.values()])
-    axis.set(xlabel="difference from the default in top-1, points (joint 95 % intervals; none of one seed)")
+    axis.set(xlabel="difference from the default in top-1, points; joint 95 % intervals, from two seeds on")
     axis.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     return figure

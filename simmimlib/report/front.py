@@ -18,27 +18,30 @@ from simmimlib.report.tables import seeds_of
 
 PROFILES = ("quick", "cifar10-cpu", "cifar10-replica", "cifar10", "imagenette")  # columns, those that have results
 POOLED = ("cifar10-cpu", "cifar10-replica")
+ABOUT = ("arm", "question", "heading", "label", "reference", "paper", "paper_difference")  # the same in every profile
 BEGIN = "<!-- findings: written by python -m simmimlib.report.front -->"
 END = "<!-- end of findings -->"
 
 
 def judged(root: Path) -> dict[str, list[dict]]:
-    """Rows of each profile's table, and of both of ``POOLED`` together where both have results."""
+    """Rows of each profile's table, and of ``POOLED`` together where both profiles have finished the default."""
     rows = {}
     for name in PROFILES:
         if (path := _table(root, name)).is_file():
             rows[name] = pd.read_csv(path).to_dict("records")
         if name == POOLED[-1] and set(POOLED) <= set(rows):
-            rows["both"] = pooled(root)
+            both = pooled(root)
+            if any(row["arm"] == "default" for row in both):
+                rows["both"] = both
     return rows
 
 
-def findings(root: Path) -> str:
+def findings(judged: dict[str, list[dict]]) -> str:
     """The table as Markdown: the default's level, then a row an arm, question by question; a column a profile.
 
     What is compared with another arm than the default comes in a second table, folded up, which names that arm.
     """
-    tables = {name: {(row["question"], row["arm"]): row for row in rows} for name, rows in judged(root).items()}
+    tables = {name: {(row["question"], row["arm"]): row for row in rows} for name, rows in judged.items()}
     levels = [table["default", "default"] for table in tables.values()]
     labels = {arm: row["label"] for table in tables.values() for (_, arm), row in table.items()}
     compared = [{key: row for key, row in t.items() if not math.isnan(row["difference"])} for t in tables.values()]
@@ -69,21 +72,29 @@ def pooled(root: Path) -> list[dict]:
 
     Differences are paired by seed, so within one profile; the common error is that of these arms alone. Intervals and
     verdicts hold jointly over the arms that the first profile gives a question.
+
+    Raises:
+        ValueError: the profiles share a seed.
     """
     tables = [pd.read_csv(_table(root, name)) for name in POOLED]
     whole = [set(table.loc[table["seeds"] >= table["planned"], "arm"]) for table in tables]
-    runs = pd.concat([pd.read_csv(_table(root, name).with_name("runs.csv")) for name in POOLED])
-    of_arm = {arm: group.set_index("seed") for arm, group in runs.groupby("arm") if arm in whole[0] & whole[1]}
-    error = residual(runs[runs["arm"].isin(of_arm)].pivot(index="seed", columns="arm", values="top1"))
+    runs = [pd.read_csv(_table(root, name).with_name("runs.csv")) for name in POOLED]
+    if shared := set(runs[0]["seed"]) & set(runs[1]["seed"]):
+        raise ValueError(f"{' and '.join(POOLED)} share seed {min(shared)}: runs of one seed cannot be pooled")
+    both = pd.concat(runs)
+    both = both[both["arm"].isin(whole[0] & whole[1])]
+    of_arm = {arm: group.set_index("seed") for arm, group in both.groupby("arm")}
+    error = residual(both.pivot(index="seed", columns="arm", values="top1"))
     rows = []
-    for row in tables[0].to_dict("records"):
-        if not {row["arm"], row["reference"]} <= set(of_arm):
+    for of_first in tables[0].to_dict("records"):
+        if not {of_first["arm"], of_first["reference"]} <= set(of_arm):
             continue
+        row = {name: of_first[name] for name in ABOUT}
         group = of_arm[row["arm"]]
         row["mean"], row["low"], row["high"] = interval(group["top1"])
-        row["seeds"] = row["planned"] = len(group)
+        row |= {"seeds": len(group), "difference": math.nan}
         if row["arm"] != row["reference"]:
-            row |= paired(group, of_arm[row["reference"]], "top1", row["level"], *error)
+            row |= paired(group, of_arm[row["reference"]], "top1", of_first["level"], *error)
             row["verdict"] = verdict(row["difference_low"], row["difference_high"], row["paper_difference"])
         rows.append(row)
     return rows
@@ -118,8 +129,9 @@ def write_findings(root: Path) -> None:
     path = root / "README.md"
     before, _, rest = path.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    write_text(path, f"{before}{BEGIN}\n{findings(root)}\n{END}{after}")
-    figure = differences_beside_paper(judged(root))
+    rows = judged(root)
+    write_text(path, f"{before}{BEGIN}\n{findings(rows)}\n{END}{after}")
+    figure = differences_beside_paper(rows)
     save(figure, root / "results/findings.png")
     plt.close(figure)
 

@@ -64,7 +64,7 @@ def test_a_formatted_string_counts_by_its_parts(before, after):
     assert statements(SOURCE.replace("y + 1", after)) != statements(with_before)
 
 
-def test_the_version_of_python_does_not_count():
+def test_formatted_strings_are_written_the_same_by_every_version_of_python():
     """From Python 3.12 on, quotes within a formatted string may be those around it, and `ast.unparse` writes it so."""
     source = """x = f'{", ".join(names)!r:>{width}} of "{count}"'"""
     assert statements(source) == (
