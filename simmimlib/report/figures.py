@@ -44,7 +44,9 @@ def curves(
     axis.set(xlabel="epoch" + " (shaded: the range over seeds)" * several, ylabel=ylabel, title=title)
     axis.xaxis.set_major_locator(FixedLocator(list(epochs)) if len(epochs) < 13 else MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
-    if len(logs) > 1:
+    if len(logs) > 4:  # would cover lines
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    elif len(logs) > 1:
         axis.legend(fontsize=8)
     return figure
 
