@@ -463,7 +463,7 @@ def bench_gpu(rounds: int) -> list[dict]:
                 metrics = pretrain(input_settings(Path(folder), **changes))
                 run = f"Swin-T, deterministic = {deterministic}"
                 rows.append({"run": run, "images/s": metrics["images_per_second"]})
-    with tempfile.TemporaryDirectory() as folder:  # the model of `cifar10-cpu`, which is far from filling a GPU
+    with tempfile.TemporaryDirectory() as folder:  # the small model of `cifar10-cpu`
         params = load_profile("cifar10-cpu")
         write_noise(Path(folder), 16_000, 32)
         for together in sorted({1, 4, cores()}):
