@@ -40,6 +40,7 @@ from simmimlib.machine.device import autocast, cores, pick_device, resolve_preci
 from simmimlib.machine.files import whole_file
 from simmimlib.pipeline.arms import stage_parameters
 from simmimlib.pipeline.profiles import load_profile
+from simmimlib.pipeline.stages import ENVIRONMENT
 from simmimlib.train.optim import create_optimizer, parameter_groups
 from simmimlib.train.run import Objective
 
@@ -380,6 +381,15 @@ def short_run(params: dict, seed: int, folder: str, epochs: int) -> dict:
     return values | {"data": folder, "epochs": epochs, "out": f"{folder}/{seed}", "warmup_epochs": 0}
 
 
+def train_side_by_side(runs: list[dict], environment: dict, code=".") -> None:
+    """Whole processes, one a run, with the library of the folder ``code``."""
+    environment = os.environ | environment | {"PYTHONPATH": str(Path(code).resolve())}  # -P: not the working directory
+    commands = [[sys.executable, "-P", "-c", RUN, json.dumps(values)] for values in runs]
+    started = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) for command in commands]
+    codes = [process.wait() for process in started]  # of all, also after one has failed
+    assert not any(codes)
+
+
 def bench_runs(rounds: int) -> list[dict]:
     """Seconds a run takes of the machine, a short pre-training with its start, for the models of two profiles."""
     count, rows = cores(), []
@@ -390,17 +400,10 @@ def bench_runs(rounds: int) -> list[dict]:
         with tempfile.TemporaryDirectory() as folder:
             write_noise(Path(folder), images, 32, params["data"]["channels"])
 
-            def run(jobs: int, threads: int, code=".", folder=folder, params=params, epochs=epochs) -> None:
-                started = []
-                for seed in range(jobs):
-                    values = short_run(params, seed, folder, epochs)
-                    environment = os.environ | {
-                        "OMP_NUM_THREADS": str(threads),
-                        "PYTHONPATH": str(Path(code).resolve()),  # -P: not the working directory
-                    }
-                    command = [sys.executable, "-P", "-c", RUN, json.dumps(values)]
-                    started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
-                assert not any(process.wait() for process in started)
+            def run(jobs: int, threads: int, against="", folder=folder, params=params, epochs=epochs) -> None:
+                runs = [short_run(params, seed, folder, epochs) for seed in range(jobs)]
+                environment = {} if against else ENVIRONMENT
+                train_side_by_side(runs, environment | {"OMP_NUM_THREADS": str(threads)}, against or ".")
 
             one, many = f"one at a time, {count} threads", f"{count} side by side, a thread each"
             ways = {one: lambda run=run: run(1, count), many: lambda run=run: run(count, 1)}
@@ -468,11 +471,7 @@ def bench_gpu(rounds: int) -> list[dict]:
         write_noise(Path(folder), 16_000, 32)
         for together in sorted({1, 4, cores()}):
             values = [short_run(params, seed, folder, epochs=2) for seed in range(together)]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            commands = [[sys.executable, "-c", RUN, json.dumps(one)] for one in values]
-            started = [subprocess.Popen(one, env=environment, stdout=subprocess.DEVNULL) for one in commands]
-            codes = [process.wait() for process in started]
-            assert not any(codes)
+            train_side_by_side(values, ENVIRONMENT)
             metrics = [json.loads(Path(one["out"], "metrics.json").read_text()) for one in values]
             rate = sum(one["images_per_second"] for one in metrics)
             rows.append({"run": f"{together} small runs in as many processes", "images/s": rate})

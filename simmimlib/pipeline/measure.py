@@ -21,6 +21,7 @@ from simmimlib.machine.files import read_json, write_json
 from simmimlib.model.mim import MaskedImageModel
 from simmimlib.pipeline.arms import STAGES
 from simmimlib.pipeline.execute import run_notebook
+from simmimlib.pipeline.stages import ENVIRONMENT
 from simmimlib.train.classifiers import fit_linear
 from simmimlib.train.settings import PretrainSettings
 
@@ -92,12 +93,11 @@ def measure_stages(stages: dict[str, dict], jobs: int, folder: Path) -> dict[str
             given[stage]["checkpoint"] = str(own / "pretrain/model.safetensors")
         write_json(own.with_suffix(".json"), given)
         commands.append([sys.executable, "-m", "simmimlib.pipeline.measure", str(own.with_suffix(".json"))])
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # as for a stage
     with contextlib.ExitStack() as stack:
         running = []
         for command in commands:
             process = subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                command, env=ENVIRONMENT | os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
             stack.callback(process.kill)
             running.append(process)

@@ -33,10 +33,17 @@ from simmimlib.pipeline.execute import run_notebook
 from simmimlib.pipeline.profiles import activate, check_packed, read_params, refresh
 from simmimlib.pipeline.report import write_report
 
+ENVIRONMENT = {  # of a process that trains, where the user's own does not say otherwise
+    "OMP_NUM_THREADS": "1",
+    # glibc's malloc would return a step's memory to the system, which clears it page by page for the next step
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+}
+
 
 def run_stage(stage: str, arm: str, seed: int) -> None:
     """A training stage of one run."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by what this process starts
+    os.environ.update(ENVIRONMENT | os.environ)  # read by what this process starts
     params = read_params()
     check_packed(params)
     values = stage_parameters(params, stage, arm, seed)
