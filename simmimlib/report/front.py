@@ -13,7 +13,7 @@ import pandas as pd
 
 from simmimlib.machine.files import project_root, write_text
 from simmimlib.report.figures import differences_beside_paper, save
-from simmimlib.report.statistics import interval, paired, residual, verdict
+from simmimlib.report.statistics import judge, residual
 from simmimlib.report.tables import seeds_of
 
 PROFILES = ("quick", "cifar10-cpu", "cifar10-replica", "cifar10", "imagenette")  # columns, those that have results
@@ -89,14 +89,9 @@ def pooled(root: Path) -> list[dict]:
     for of_first in tables[0].to_dict("records"):
         if not {of_first["arm"], of_first["reference"]} <= set(of_arm):
             continue
-        row = {name: of_first[name] for name in ABOUT}
-        group = of_arm[row["arm"]]
-        row["mean"], row["low"], row["high"] = interval(group["top1"])
-        row |= {"seeds": len(group), "difference": math.nan}
-        if row["arm"] != row["reference"]:
-            row |= paired(group, of_arm[row["reference"]], "top1", of_first["level"], *error)
-            row["verdict"] = verdict(row["difference_low"], row["difference_high"], row["paper_difference"])
-        rows.append(row)
+        beside = None if of_first["arm"] == of_first["reference"] else of_arm[of_first["reference"]]
+        row = judge(of_arm[of_first["arm"]], beside, "top1", of_first["level"], error, of_first["paper_difference"])
+        rows.append({name: of_first[name] for name in ABOUT} | {"difference": math.nan} | row)
     return rows
 
 

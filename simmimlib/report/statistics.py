@@ -89,19 +89,15 @@ def compare(
     rows = []
     for arm, about in listed:
         group, reference = of_arm[arm], about["reference"]
-        mean, low, high = interval(group[metric].dropna())
         row = {"arm": arm, **{key: about[key] for key in ("question", "heading", "label", "probes", "repeated")}}
         row |= {"reference": reference["arm"], "reference_paper": reference[paper]}
         # beside another reference, of which the paper has no value, an arm's own value would stand alone
         value = None if about["repeated"] and reference[paper] is None else about[paper]
-        row |= {"paper": value, "planned": planned.get(arm, len(group)), "seeds": int(group[metric].count())}
-        row |= {"mean": mean, "sd": group[metric].std(), "low": low, "high": high}
-        if arm != reference["arm"]:
-            level = 1 - (1 - LEVEL) / counts[about["question"]]
-            row |= paired(group, of_arm.get(reference["arm"], group[:0]), metric, level, *error)
-            theirs = reference[paper]
-            row["paper_difference"] = np.nan if value is None or theirs is None else value - theirs
-            row["verdict"] = verdict(row["difference_low"], row["difference_high"], row["paper_difference"])
+        row |= {"paper": value, "planned": planned.get(arm, len(group))}
+        theirs = np.nan if value is None or reference[paper] is None else value - reference[paper]
+        level = 1 - (1 - LEVEL) / max(counts[about["question"]], 1)
+        beside = None if arm == reference["arm"] else of_arm.get(reference["arm"], group[:0])
+        row |= judge(group, beside, metric, level, error, theirs)
         if "pretrain_images_per_second" in group:
             row["fastest"] = group["pretrain_images_per_second"].max()
         others = group.select_dtypes("number").drop(columns=metric, errors="ignore").mean()
@@ -121,6 +117,30 @@ def residual(values: pd.DataFrame) -> tuple[float, int]:
     fitted, _, rank, _ = np.linalg.lstsq(effects, found)
     df = len(found) - int(rank)
     return (float(np.sqrt(((found - effects @ fitted) ** 2).sum() / df)) if df else np.nan), df
+
+
+def judge(
+    group: pd.DataFrame,
+    reference: pd.DataFrame | None,
+    metric: str,
+    level: float,
+    error: tuple[float, int],
+    paper_difference: float,
+) -> dict:
+    """An arm's part of a row of ``compare``: seeds to high, and beside another arm pairs to mixed.
+
+    Args:
+        group: its runs, by seed.
+        reference: those of the arm that it is compared with, by seed; None for that arm itself.
+        error: of ``residual``.
+    """
+    mean, low, high = interval(group[metric].dropna())
+    row: dict = {"seeds": int(group[metric].count()), "mean": mean, "sd": group[metric].std()}
+    row |= {"low": low, "high": high}
+    if reference is not None:
+        row |= paired(group, reference, metric, level, *error) | {"paper_difference": paper_difference}
+        row["verdict"] = verdict(row["difference_low"], row["difference_high"], paper_difference)
+    return row
 
 
 def paired(
