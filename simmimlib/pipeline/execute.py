@@ -22,6 +22,7 @@ def run_notebook(notebook: str, parameters: dict, folder: Path, given: dict | No
     """
     papermill = _import_papermill()
     from nbclient.exceptions import DeadKernelError  # imported here, like papermill: other stages do not need them
+    from traitlets.config import Config
 
     SCRATCH.mkdir(exist_ok=True)
     scratch = SCRATCH / "-".join([*folder.parts[1:], f"{notebook}.ipynb"])
@@ -33,6 +34,8 @@ def run_notebook(notebook: str, parameters: dict, folder: Path, given: dict | No
                 parameters,
                 kernel_name="python3",
                 shutdown_kernel="immediate",  # its files are written: waiting for it to tidy up costs a second a stage
+                # sockets that are files: a TCP port that was free may be taken before the kernel comes to bind it
+                config=Config(KernelManager={"transport": "ipc"}),
                 progress_bar=False,
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
