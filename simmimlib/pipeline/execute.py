@@ -3,6 +3,7 @@
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,15 +28,15 @@ def run_notebook(notebook: str, parameters: dict, folder: Path, given: dict | No
     SCRATCH.mkdir(exist_ok=True)
     scratch = SCRATCH / "-".join([*folder.parts[1:], f"{notebook}.ipynb"])
     try:
-        with signals_to_the_kernel():
+        # sockets that are files: a TCP port that was free may be taken before the kernel comes to bind it
+        with tempfile.TemporaryDirectory() as sockets, signals_to_the_kernel():
             papermill.execute_notebook(
                 f"notebooks/{notebook}.ipynb",
                 str(scratch),
                 parameters,
                 kernel_name="python3",
                 shutdown_kernel="immediate",  # its files are written: waiting for it to tidy up costs a second a stage
-                # sockets that are files: a TCP port that was free may be taken before the kernel comes to bind it
-                config=Config(KernelManager={"transport": "ipc"}),
+                config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),
                 progress_bar=False,
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
