@@ -17,6 +17,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from simmimlib.machine.files import read_json, write_csv
 from simmimlib.pipeline.arms import STAGES, packed_folder, run_folder, wanted_runs
+from simmimlib.report.records import load_curves
 from simmimlib.report.runs import load_runs
 
 PATIENCE = 60  # seconds that a run has for saving
@@ -143,7 +144,7 @@ def finished(params: dict) -> tuple[pd.DataFrame, list[str]]:
 
 
 def record(params: dict) -> pd.DataFrame:
-    """Writes ``runs.csv`` as it stands, if there is a finished run; returns its runs with their ``key``.
+    """Writes ``runs.csv`` and ``curves.csv`` as they stand, if a run has finished; returns the runs with their ``key``.
 
     One process at a time, wherever it runs: what the last one writes holds the runs of all.
     """
@@ -151,7 +152,9 @@ def record(params: dict) -> pd.DataFrame:
     with FileLock(f".scratch/{params['profile']}-runs.csv.lock"):
         runs, left_out = finished(params)
         if not runs.empty:
-            write_csv(Path("results", params["profile"], "runs.csv"), runs.drop(columns="key"))
+            folder = Path("results", params["profile"])
+            write_csv(folder / "runs.csv", runs.drop(columns="key"))
+            write_csv(folder / "curves.csv", load_curves(folder, runs))
     for line in left_out:
         print(line, flush=True)
     return runs

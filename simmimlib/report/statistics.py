@@ -94,10 +94,11 @@ def compare(
         # beside another reference, of which the paper has no value, an arm's own value would stand alone
         value = None if about["repeated"] and reference[paper] is None else about[paper]
         row |= {"paper": value, "planned": planned.get(arm, len(group))}
-        theirs = np.nan if value is None or reference[paper] is None else value - reference[paper]
-        level = 1 - (1 - LEVEL) / max(counts[about["question"]], 1)
+        known = value is not None and reference[paper] is not None
+        paper_difference = value - reference[paper] if known else np.nan
+        level = 1 - (1 - LEVEL) / max(counts[about["question"]], 1)  # 0 in the default's own question
         beside = None if arm == reference["arm"] else of_arm.get(reference["arm"], group[:0])
-        row |= judge(group, beside, metric, level, error, theirs)
+        row |= judge(group, beside, metric, level, error, paper_difference)
         if "pretrain_images_per_second" in group:
             row["fastest"] = group["pretrain_images_per_second"].max()
         others = group.select_dtypes("number").drop(columns=metric, errors="ignore").mean()

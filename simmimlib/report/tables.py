@@ -181,11 +181,22 @@ def seeds_of(count: float, row: dict) -> str:
 
 
 def write_tables(
-    folder: str | Path, runs: pd.DataFrame, table: pd.DataFrame, probes: pd.DataFrame, markdown: str
+    folder: str | Path,
+    runs: pd.DataFrame,
+    curves: pd.DataFrame,
+    table: pd.DataFrame,
+    probes: pd.DataFrame,
+    markdown: str,
 ) -> None:
-    """Writes ``runs.csv``, ``ablations.csv`` and ``.md``, ``probes.csv``, and ``summary.json`` for ``dvc metrics``."""
+    """Writes the four tables, ``ablations.md`` and, for ``dvc metrics``, ``summary.json``.
+
+    Args:
+        curves: from ``records.load_curves``.
+        table, probes, markdown: as of ``to_markdown``.
+    """
     folder = Path(folder)
     write_csv(folder / "runs.csv", runs)
+    write_csv(folder / "curves.csv", curves)
     write_csv(folder / "ablations.csv", table)
     write_csv(folder / "probes.csv", probes[probes["probes"]].round(4))
     write_text(folder / "ablations.md", markdown)

@@ -335,11 +335,29 @@ def test_heavy_stages_elsewhere(project, tmp_path):
     assert stages_that_ran(run("dvc", "repro", cwd=project)) == ["ablations@tiny"]
     assert (project / "results/tiny/figures/loss-reconstructions.png").exists()
 
-    # runs.csv alone is enough for the tables
-    subprocess.run(["rm", "-rf", elsewhere / "results/tiny/runs"], check=True)
+    # runs.csv and curves.csv, which the campaign wrote, are enough for the tables and for the figures of numbers
+    elsewhere_results = elsewhere / "results/tiny"
+    subprocess.run(["rm", "-rf", elsewhere_results / "runs"], check=True)
     run(*STAGES, "ablations", cwd=elsewhere)
-    markdown = (elsewhere / "results/tiny/ablations.md").read_text()
+    markdown = (elsewhere_results / "ablations.md").read_text()
     assert "| L2 | 1 |" in markdown and "![arms](figures/arms.png)" in markdown
+    numbers = ["loss-loss.png", "loss-top1.png", "loss-blocks.png"]
+    assert contents(elsewhere_results / "figures", *numbers) == contents(project / "results/tiny/figures", *numbers)
+    assert not (elsewhere_results / "figures/loss-reconstructions.png").exists()
+
+    # with the predictions, of which the other machine wrote a picture an arm, also for the reconstructions
+    shutil.copytree(project / "results/tiny/predictions", elsewhere_results / "predictions")
+    run(*STAGES, "ablations", cwd=elsewhere)
+    picture = ["loss-reconstructions.png"]
+    assert contents(elsewhere_results / "figures", *picture) == contents(project / "results/tiny/figures", *picture)
+
+    # a figure of which an arm is missing now stays as it was
+    before = contents(elsewhere_results / "figures", *numbers, *picture)
+    (elsewhere_results / "curves.csv").unlink()
+    shutil.rmtree(elsewhere_results / "predictions")
+    run(*STAGES, "ablations", cwd=elsewhere)
+    assert contents(elsewhere_results / "figures", *numbers, *picture) == before
+    assert "![loss reconstructions](figures/" in (elsewhere_results / "ablations.md").read_text()
 
 
 def test_too_few_minutes_start_nothing_that_would_not_fit(project):

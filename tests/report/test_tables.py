@@ -76,8 +76,9 @@ def test_of_the_default_alone_there_is_nothing_to_tell_apart(frame):
 
 def test_files(tmp_path, frame):
     table = compare(frame, ARMS)
-    write_tables(tmp_path, frame, table, table, markdown_of(frame))
+    curves = pd.DataFrame({"arm": ["default"], "epoch": [1]})
+    write_tables(tmp_path, frame, curves, table, table, markdown_of(frame))
     again = compare(pd.read_csv(tmp_path / "runs.csv"), ARMS)
     pd.testing.assert_frame_equal(again, table)  # runs.csv recomputes every verdict
-    files = ["ablations.csv", "ablations.md", "probes.csv", "runs.csv", "summary.json"]
+    files = ["ablations.csv", "ablations.md", "curves.csv", "probes.csv", "runs.csv", "summary.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == files
