@@ -240,7 +240,7 @@ def accuracy_over_blocks(logs: dict[str, list[pd.DataFrame]]) -> Figure:
             place = range(len(values))
             (line,) = axis.plot(place, values.mean(axis=1), marker="o", markersize=4, **_line(label, frames, logs))
             axis.fill_between(place, values.min(axis=1), values.max(axis=1), color=line.get_color(), alpha=0.15)
-            axis.set_xticks(place, [f"{block}" if block else "output" for block in values.index])
+            axis.set_xticks(place, [f"{block:.0f}" if block else "output" for block in values.index])
         axis.set(xlabel="block (shaded: the range over seeds)", ylabel="top-1, %", title=title)
         axis.margins(y=0.1)
         axis.grid(alpha=0.3)

@@ -40,6 +40,7 @@ def load_curves(folder: str | Path, runs: pd.DataFrame) -> pd.DataFrame:
             for stage, (name, shown) in CURVES.items():
                 if (own / stage / name).is_file():  # a probe of nothing writes no blocks
                     log = pd.read_csv(own / stage / name).reindex(columns=shown).round(5)
+                    log = log.dropna(subset=shown[1:], how="all")  # epochs without validation
                     found.append(log.assign(**dict(zip(KEY, values, strict=True)), stage=stage))
         elif values in recorded:
             found.append(recorded[values])
