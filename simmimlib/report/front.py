@@ -1,8 +1,9 @@
-"""The README's table of findings: every arm that was run, at every scale, with its verdict; and a figure of it.
+"""The README's table of findings: every arm that was run, at every scale, with its verdict; a figure; numbers in prose.
 
 Two profiles of one recipe and other seeds are also judged together (``pooled``).
 
-python -m simmimlib.report.front    # writes, from results/, what is between the two marks in README.md; findings.png
+python -m simmimlib.report.front    # from results/: what is between the two marks in README.md, findings.png, and in
+                                    # README.md and docs/ the differences that are marked (``numbers.py``)
 """
 
 import math
@@ -13,6 +14,7 @@ import pandas as pd
 
 from simmimlib.machine.files import project_root, write_text
 from simmimlib.report.figures import differences_beside_paper, save
+from simmimlib.report.numbers import renumbered
 from simmimlib.report.statistics import judge, residual
 from simmimlib.report.tables import seeds_of
 
@@ -126,6 +128,8 @@ def write_findings(root: Path) -> None:
     _, _, after = rest.partition(END)
     rows = judged(root)
     write_text(path, f"{before}{BEGIN}\n{findings(rows)}\n{END}{after}")
+    for document in (path, *root.glob("docs/*.md")):
+        write_text(document, renumbered(document.read_text(), root, rows))
     figure = differences_beside_paper(rows)
     save(figure, root / "results/findings.png")
     plt.close(figure)

@@ -8,6 +8,7 @@ from tables_data import ARMS, runs
 
 from conftest import ROOT
 from simmimlib.report.front import findings, judged, pooled, write_findings
+from simmimlib.report.numbers import renumbered
 from simmimlib.report.statistics import compare
 
 
@@ -100,7 +101,8 @@ def test_only_what_lies_between_the_marks_is_written(project):
 def test_the_readme_shows_the_findings_of_the_results():
     if subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "results"], cwd=ROOT).returncode:
         pytest.skip("the results here were made again, or there is no git")
-    assert findings(judged(ROOT)) in (ROOT / "README.md").read_text(), (
-        "python -m simmimlib.report.front writes them again"
-    )
+    rows, again = judged(ROOT), "python -m simmimlib.report.front writes them again"
+    assert findings(rows) in (ROOT / "README.md").read_text(), again
+    for document in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        assert renumbered(document.read_text(), ROOT, rows) == document.read_text(), again
     assert pd.read_csv(ROOT / "results/quick/ablations.csv")["difference"].notna().any()

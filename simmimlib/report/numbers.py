@@ -1,0 +1,69 @@
+"""Differences in prose that follow from the tables. A comment, which a page does not show, says what each one is:
+
+    MAE is above SimMIM by 5.8 (4.3 to 7.3)<!--n: mae - simmim_xavier-->.
+
+The two arms may be followed by a profile other than ``cifar10-cpu`` (or ``both``), by ``probe_linear``, and by ``each``
+for an interval at 95 % by itself in place of the joint one of the arms' question. How a number is written stays as it
+was: with a sign or without, "a (b to c)", "a, b to c" or "a" alone. No torch.
+"""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from simmimlib.report.statistics import LEVEL, paired
+
+NUMBER = r"[+-]?\d+\.\d"
+INTERVAL = rf"((?:\s+points)?(?:\s+\(|,\s+))({NUMBER})(\s+to\s+){NUMBER}"
+MARKED = re.compile(rf"({NUMBER})(?:{INTERVAL})?(\)?)<!--n: (.+?)-->")
+
+
+def renumbered(text: str, root: Path, judged: dict[str, list[dict]]) -> str:
+    """The text with each marked number as the tables have it now.
+
+    Args:
+        judged: rows of each profile's table (``front.judged``).
+
+    Raises:
+        ValueError: the tables do not compare two arms, or a difference that is written without a sign is no longer
+            beyond zero, so that its sentence must change.
+    """
+    return MARKED.sub(lambda found: _written(found, _difference(found[6], root, judged)), text)
+
+
+def _written(found: re.Match, difference: tuple[float, float, float]) -> str:
+    value, between, low, to, after, what = found.groups(default="")
+    sign = "+" if value[0] in "+-" else ""
+    numbers = [f"{number:{sign}.1f}" for number in difference]
+    if not sign and any(number.startswith("-") for number in (numbers if low else numbers[:1])):
+        raise ValueError(f"{what} is now {' '.join(numbers)}: the text has it without a sign, as beyond zero")
+    interval = f"{between}{numbers[1]}{to}{numbers[2]}" if low else ""
+    return f"{numbers[0]}{interval}{after}<!--n: {what}-->"
+
+
+def _difference(what: str, root: Path, judged: dict[str, list[dict]]) -> tuple[float, float, float]:
+    """What a comment names: a difference and the bounds of its interval."""
+    arms, *options = what.split("; ")
+    arm, other = arms.split(" - ")
+    metric = "probe_linear" if "probe_linear" in options else "top1"
+    (profile,) = set(options) - {"probe_linear", "each"} or {"cifar10-cpu"}
+    rows = judged[profile]
+    if metric != "top1":
+        rows = pd.read_csv(root / f"results/{profile}/probes.csv").to_dict("records")
+    if "each" in options:
+        runs = pd.read_csv(root / f"results/{profile}/runs.csv")
+        own, beside = (runs[runs["arm"] == name].set_index("seed") for name in (arm, other))
+        residual = next((row["residual_sd"], int(row["df"])) for row in rows if row["df"] > 0)
+        return _interval(paired(own, beside, metric, LEVEL, *residual))
+    found = {(row["arm"], row["reference"]): row for row in rows}
+    if (arm, other) in found:
+        return _interval(found[arm, other])
+    if (other, arm) in found:
+        middle, low, high = _interval(found[other, arm])
+        return -middle, -high, -low
+    raise ValueError(f"{what}: the tables of {profile} do not compare these")
+
+
+def _interval(row: dict) -> tuple[float, float, float]:
+    return row["difference"], row["difference_low"], row["difference_high"]

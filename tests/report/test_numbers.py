@@ -1,0 +1,61 @@
+"""Differences in prose follow from the tables."""
+
+import pandas as pd
+import pytest
+from tables_data import ARMS, runs
+
+from simmimlib.report.numbers import renumbered
+from simmimlib.report.statistics import compare
+
+
+@pytest.fixture
+def tables(tmp_path):
+    values = {"default": [50.0, 54.0, 52.0], "l2": [51.0, 54.5, 52.8], "scratch": [44.0, 45.0, 46.6]}
+    frame = runs(**values).assign(probe_linear=lambda own: own["top1"] / 2)
+    folder = tmp_path / "results/cifar10-cpu"
+    folder.mkdir(parents=True)
+    frame.to_csv(folder / "runs.csv", index=False)
+    compare(frame, ARMS, "probe_linear", "paper_linear").to_csv(folder / "probes.csv", index=False)
+    return tmp_path, {"cifar10-cpu": compare(frame, ARMS).to_dict("records")}
+
+
+def interval_of(rows, arm, sign=1):
+    (row,) = (row for row in rows if row["arm"] == arm)
+    found = [sign * row[f"difference{end}"] for end in ("", "_low", "_high")]
+    return found if sign > 0 else [found[0], found[2], found[1]]
+
+
+def test_each_way_of_writing_is_kept(tables):
+    root, judged = tables
+    middle, low, high = interval_of(judged["cifar10-cpu"], "scratch", -1)
+    linear = interval_of(pd.read_csv(root / "results/cifar10-cpu/probes.csv").to_dict("records"), "l2")
+    text = """Up by 1.0 (0.5 to 1.5)<!--n: default - scratch-->, as 9.9 points
+    (1.1 to 2.2)<!--n: default - scratch--> or (+0.0, -1.0
+    to +1.0<!--n: scratch - default-->), or +1.2<!--n: l2 - default; probe_linear--> alone; 3.3 (2.2 to 4.4) stays."""
+    assert renumbered(text, root, judged) == (
+        f"Up by {middle:.1f} ({low:.1f} to {high:.1f})<!--n: default - scratch-->, as {middle:.1f} points\n"
+        f"    ({low:.1f} to {high:.1f})<!--n: default - scratch--> or ({-middle:+.1f}, {-high:+.1f}\n"
+        f"    to {-low:+.1f}<!--n: scratch - default-->), or {linear[0]:+.1f}<!--n: l2 - default; probe_linear--> "
+        "alone; 3.3 (2.2 to 4.4) stays."
+    )
+    again = renumbered(text, root, judged)
+    assert renumbered(again, root, judged) == again
+
+
+def test_any_two_arms_at_95_percent_by_themselves(tables):
+    root, judged = tables
+    said = renumbered("+0.0 (+0.0 to +0.0)<!--n: l2 - scratch; each-->", root, judged)
+    assert said.startswith("+7.6 (") and said.endswith(")<!--n: l2 - scratch; each-->")
+    # a question of one arm has the same level
+    one = "+0.0 (+0.0 to +0.0)<!--n: l2 - default{}-->"
+    each, joint = (renumbered(one.format(kind), root, judged).partition("<")[0] for kind in ("; each", ""))
+    assert each == joint
+
+
+def test_what_the_tables_do_not_say_is_refused(tables):
+    root, judged = tables
+    with pytest.raises(ValueError, match="l2 - scratch: the tables of cifar10-cpu do not compare these"):
+        renumbered("+1.0 (+0.0 to +2.0)<!--n: l2 - scratch-->", root, judged)
+    # +0.8 (-1.3 to +2.8): no longer beyond zero
+    with pytest.raises(ValueError, match=r"l2 - default is now 0\.8 -.* without a sign, as beyond zero"):
+        renumbered("a gain of 1.0 (0.2 to 1.8)<!--n: l2 - default-->", root, judged)
