@@ -1,6 +1,7 @@
 """Figures of numbers: arms, curves, accuracy over what was varied. Each function returns a matplotlib Figure."""
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,9 +22,11 @@ PAPER = {"facecolor": "w", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}  # beh
 MASK_QUESTIONS = ("default", "ratio", "patch", "strategy")  # whose arms differ from the default by their masks only
 
 
-def save(figure: Figure, path: str | Path) -> None:
+def save(figure: Figure, path: str | Path, runs: Iterable[str] = ()) -> None:
+    """Writes a PNG whose description names the runs that it shows (``records.runs_in``)."""
+    described = {"Description": " ".join(sorted(runs))} if runs else None
     with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, bbox_inches="tight")
+        figure.savefig(temporary, dpi=150, bbox_inches="tight", metadata=described)
 
 
 def curves(

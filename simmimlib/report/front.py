@@ -127,9 +127,10 @@ def write_findings(root: Path) -> None:
     before, _, rest = path.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     rows = judged(root)
-    write_text(path, f"{before}{BEGIN}\n{findings(rows)}\n{END}{after}")
-    for document in (path, *root.glob("docs/*.md")):
-        write_text(document, renumbered(document.read_text(), root, rows))
+    texts = {path: f"{before}{BEGIN}\n{findings(rows)}\n{END}{after}"}
+    texts |= {document: document.read_text() for document in root.glob("docs/*.md")}
+    for document, text in {path: renumbered(text, root, rows) for path, text in texts.items()}.items():
+        write_text(document, text)
     figure = differences_beside_paper(rows)
     save(figure, root / "results/findings.png")
     plt.close(figure)

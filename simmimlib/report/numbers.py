@@ -2,12 +2,13 @@
 
     MAE is above SimMIM by 5.8 (4.3 to 7.3)<!--n: mae - simmim_xavier-->.
 
-The two arms may be followed by a profile other than ``cifar10-cpu`` (or ``both``), by ``probe_linear``, and by ``each``
-for an interval at 95 % by itself in place of the joint one of the arms' question. How a number is written stays as it
-was: with a sign or without, "a (b to c)", "a, b to c" or "a" alone. No torch.
+The two arms may be followed by a profile other than ``cifar10-cpu``, by ``probe_linear``, and by ``each`` for an
+interval at 95 % by itself in place of the joint one of the arms' question; or by ``both`` (``front.pooled``) alone. How
+a number is written stays as it was: with a sign or without, "a (b to c)", "a, b to c" or "a" alone. No torch.
 """
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -16,20 +17,23 @@ from simmimlib.report.statistics import LEVEL, paired
 
 NUMBER = r"[+-]?\d+\.\d"
 INTERVAL = rf"((?:\s+points)?(?:\s+\(|,\s+))({NUMBER})(\s+to\s+){NUMBER}"
-MARKED = re.compile(rf"({NUMBER})(?:{INTERVAL})?(\)?)<!--n: (.+?)-->")
+MARKED = re.compile(rf"(?<!to\s)({NUMBER})(?:{INTERVAL})?(\)?)<!--n: (.+?)-->")
 
 
-def renumbered(text: str, root: Path, judged: dict[str, list[dict]]) -> str:
+def renumbered(text: str, root: Path, tables: dict[str, list[dict]]) -> str:
     """The text with each marked number as the tables have it now.
 
     Args:
-        judged: rows of each profile's table (``front.judged``).
+        tables: rows of each profile's (``front.judged``).
 
     Raises:
-        ValueError: the tables do not compare two arms, or a difference that is written without a sign is no longer
-            beyond zero, so that its sentence must change.
+        ValueError: a comment does not follow a number directly, the tables do not have what it names, or a difference
+            that is written without a sign is no longer beyond zero, so that its sentence must change.
     """
-    return MARKED.sub(lambda found: _written(found, _difference(found[6], root, judged)), text)
+    found = [marked[6] for marked in MARKED.finditer(text)]
+    if astray := Counter(re.findall(r"<!--\s*n:\s*(.*?)\s*-->", text, re.DOTALL)) - Counter(found):
+        raise ValueError(f"{', '.join(astray)}: there is no number, or number (number to number), before the comment")
+    return MARKED.sub(lambda marked: _written(marked, _difference(marked[6], root, tables)), text)
 
 
 def _written(found: re.Match, difference: tuple[float, float, float]) -> str:
@@ -38,18 +42,22 @@ def _written(found: re.Match, difference: tuple[float, float, float]) -> str:
     numbers = [f"{number:{sign}.1f}" for number in difference]
     if not sign and any(number.startswith("-") for number in (numbers if low else numbers[:1])):
         raise ValueError(f"{what} is now {' '.join(numbers)}: the text has it without a sign, as beyond zero")
+    if "nan" in "".join(numbers if low else numbers[:1]):
+        raise ValueError(f"{what} is now {' '.join(numbers)}: too few runs")
     interval = f"{between}{numbers[1]}{to}{numbers[2]}" if low else ""
     return f"{numbers[0]}{interval}{after}<!--n: {what}-->"
 
 
-def _difference(what: str, root: Path, judged: dict[str, list[dict]]) -> tuple[float, float, float]:
+def _difference(what: str, root: Path, tables: dict[str, list[dict]]) -> tuple[float, float, float]:
     """What a comment names: a difference and the bounds of its interval."""
     arms, *options = what.split("; ")
-    arm, other = arms.split(" - ")
-    metric = "probe_linear" if "probe_linear" in options else "top1"
-    (profile,) = set(options) - {"probe_linear", "each"} or {"cifar10-cpu"}
-    rows = judged[profile]
-    if metric != "top1":
+    arm, _, other = arms.partition(" - ")
+    profile, *unknown = [name for name in options if name not in ("probe_linear", "each")] or ["cifar10-cpu"]
+    if unknown or profile not in tables or (profile == "both" and len(options) > 1):
+        raise ValueError(f"{what}: what follows the arms is unknown or does not go together")
+    rows, metric = tables[profile], "top1"
+    if "probe_linear" in options:
+        metric = "probe_linear"
         rows = pd.read_csv(root / f"results/{profile}/probes.csv").to_dict("records")
     if "each" in options:
         runs = pd.read_csv(root / f"results/{profile}/runs.csv")

@@ -66,14 +66,18 @@ def reconstructions(
         predictions: label -> normalised prediction [n, C, H, W].
         whole: also show each prediction by itself, unpasted.
     """
-    original = to_pixels(images, packed)
-    rows = {"original": original, "masked": hide(original, mask, patch_size)}
+    original, rows = to_pixels(images, packed), {}
     for label, prediction in predictions.items():
         pixels = to_pixels(prediction, packed)
         if whole:
             rows[f"{label}:\npredicted"] = pixels
         rows[f"{label}:\npasted into visible" if whole else label] = paste(original, pixels, mask, patch_size)
-    return image_grid(rows)
+    return beside_original(original, mask, patch_size, rows)
+
+
+def beside_original(original: Tensor, mask: Tensor, patch_size: int, rows: Mapping[str, np.ndarray | Tensor]) -> Figure:
+    """Rows of images below the original ones and what of them is visible; all pixels [n, H, W, C], mask [n, h, w]."""
+    return image_grid({"original": original, "masked": hide(original, mask, patch_size), **rows})
 
 
 def maps(values: Iterable[np.ndarray | Tensor], titles: list[str], label: str) -> Figure:

@@ -35,8 +35,8 @@ def load_curves(folder: str | Path, runs: pd.DataFrame) -> pd.DataFrame:
     columns = dict.fromkeys(column for _, shown in CURVES.values() for column in shown)
     found = [pd.DataFrame(columns=[*KEY, "stage", *columns])]
     for values in runs.reindex(columns=KEY).itertuples(index=False, name=None):
-        own = Path(folder, "runs", f"{values[0]}-{values[1]}")
-        if all((own / stage / "metrics.json").is_file() for stage in CURVES):
+        if is_here(folder, *values[:2]):
+            own = Path(folder, "runs", f"{values[0]}-{values[1]}")
             for stage, (name, shown) in CURVES.items():
                 if (own / stage / name).is_file():  # a probe of nothing writes no blocks
                     log = pd.read_csv(own / stage / name).reindex(columns=shown).round(5)
@@ -45,6 +45,19 @@ def load_curves(folder: str | Path, runs: pd.DataFrame) -> pd.DataFrame:
         elif values in recorded:
             found.append(recorded[values])
     return pd.concat([log for log in found if len(log)] or found, ignore_index=True).reindex(columns=found[0].columns)
+
+
+def is_here(folder: str | Path, arm: str, seed: int) -> bool:
+    """Whether all stages of a run have finished in its own folder."""
+    return all(Path(folder, "runs", f"{arm}-{seed}", stage, "metrics.json").is_file() for stage in CURVES)
+
+
+def runs_in(path: Path) -> set[str]:
+    """The runs that a figure shows, as ``l2-0``, which its description names; none if it is not there."""
+    if not path.is_file():
+        return set()
+    with Image.open(path) as picture:
+        return set(picture.info.get("Description", "").split())
 
 
 def picture_of(folder: str | Path, arm: str, seed: int, settings: str) -> Path:
@@ -69,7 +82,11 @@ def read_images(path: Path) -> np.ndarray:
 
 
 def drop_others(folder: str | Path, runs: pd.DataFrame) -> None:
-    """Deletes the pictures of runs that are not among the finished ones, as ``runs.csv`` loses their rows."""
+    """Deletes the pictures of runs that are not among the finished ones, as ``runs.csv`` loses their rows.
+
+    Makes the folder, which the pipeline expects, where there is no picture at all.
+    """
+    Path(folder, "predictions").mkdir(parents=True, exist_ok=True)
     kept = {picture_of(folder, *values) for values in runs[KEY].itertuples(index=False, name=None)}
     for path in set(Path(folder, "predictions").glob("*.png")) - kept:
         path.unlink()

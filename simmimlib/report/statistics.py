@@ -96,7 +96,7 @@ def compare(
         row |= {"paper": value, "planned": planned.get(arm, len(group))}
         known = value is not None and reference[paper] is not None
         paper_difference = value - reference[paper] if known else np.nan
-        level = 1 - (1 - LEVEL) / max(counts[about["question"]], 1)  # 0 in the default's own question
+        level = 1 - (1 - LEVEL) / max(counts[about["question"]], 1)  # in the default's own there is no arm to count
         beside = None if arm == reference["arm"] else of_arm.get(reference["arm"], group[:0])
         row |= judge(group, beside, metric, level, error, paper_difference)
         if "pretrain_images_per_second" in group:

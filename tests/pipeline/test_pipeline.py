@@ -13,6 +13,8 @@ import pytest
 import yaml
 from project import CAMPAIGN, STAGES, contents, environment, read_profile, run, tiny_project, write_profile
 
+from simmimlib.report.records import runs_in
+
 pytestmark = pytest.mark.slow
 
 
@@ -346,18 +348,25 @@ def test_heavy_stages_elsewhere(project, tmp_path):
     assert not (elsewhere_results / "figures/loss-reconstructions.png").exists()
 
     # with the predictions, of which the other machine wrote a picture an arm, also for the reconstructions
-    shutil.copytree(project / "results/tiny/predictions", elsewhere_results / "predictions")
+    shutil.copytree(project / "results/tiny/predictions", elsewhere_results / "predictions", dirs_exist_ok=True)
     run(*STAGES, "ablations", cwd=elsewhere)
     picture = ["loss-reconstructions.png"]
     assert contents(elsewhere_results / "figures", *picture) == contents(project / "results/tiny/figures", *picture)
 
-    # a figure of which an arm is missing now stays as it was
+    # where the curves of a run are lost, a figure that shows it stays; one that is not there shows the others
     before = contents(elsewhere_results / "figures", *numbers, *picture)
-    (elsewhere_results / "curves.csv").unlink()
-    shutil.rmtree(elsewhere_results / "predictions")
+    curves = pd.read_csv(elsewhere_results / "curves.csv", dtype={"settings": str})
+    curves[(curves["arm"] != "default") | (curves["seed"] != 1)].to_csv(elsewhere_results / "curves.csv", index=False)
+    for path in (elsewhere_results / "predictions").glob("l2-*.png"):
+        path.unlink()
+    (elsewhere_results / "figures/loss-top1.png").unlink()
     run(*STAGES, "ablations", cwd=elsewhere)
-    assert contents(elsewhere_results / "figures", *numbers, *picture) == before
-    assert "![loss reconstructions](figures/" in (elsewhere_results / "ablations.md").read_text()
+    after = contents(elsewhere_results / "figures", *numbers, *picture)
+    assert [name for name in before if before[name] != after[name]] == ["loss-top1.png"]
+    assert runs_in(elsewhere_results / "figures/loss-top1.png") == {"default-0", "l2-0"}
+    markdown = (elsewhere_results / "ablations.md").read_text()
+    said = re.findall("Drawn when some of these runs were not there: (.*)", markdown)
+    assert said == ["blocks, loss, top1.", "blocks, loss, reconstructions."]  # from scratch or not, which loss
 
 
 def test_too_few_minutes_start_nothing_that_would_not_fit(project):

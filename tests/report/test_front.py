@@ -92,9 +92,18 @@ def test_only_what_lies_between_the_marks_is_written(project):
     (project / "README.md").write_text(
         "before\n<!-- findings: written by python -m simmimlib.report.front -->\nold\n<!-- end of findings -->\nafter\n"
     )
+    (project / "docs").mkdir()
+    (project / "docs/results.md").write_text("-9.9<!--n: l2 - default-->\n")
     write_findings(project)
     text = (project / "README.md").read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "| All |" in text
+    assert (project / "docs/results.md").read_text() == "+1.0<!--n: l2 - default-->\n"
+    # all or none
+    (project / "docs/results.md").write_text("9.9<!--n: reconstruct_all - default-->\n")
+    (project / "README.md").write_text(text.replace("| All |", "| Some |"))
+    with pytest.raises(ValueError, match="without a sign"):
+        write_findings(project)
+    assert "| Some |" in (project / "README.md").read_text()
     assert (project / "results/findings.png").stat().st_size > 10_000
 
 

@@ -1,5 +1,7 @@
 """Differences in prose follow from the tables."""
 
+import re
+
 import pandas as pd
 import pytest
 from tables_data import ARMS, runs
@@ -9,7 +11,7 @@ from simmimlib.report.statistics import compare
 
 
 @pytest.fixture
-def tables(tmp_path):
+def project(tmp_path):
     values = {"default": [50.0, 54.0, 52.0], "l2": [51.0, 54.5, 52.8], "scratch": [44.0, 45.0, 46.6]}
     frame = runs(**values).assign(probe_linear=lambda own: own["top1"] / 2)
     folder = tmp_path / "results/cifar10-cpu"
@@ -25,37 +27,47 @@ def interval_of(rows, arm, sign=1):
     return found if sign > 0 else [found[0], found[2], found[1]]
 
 
-def test_each_way_of_writing_is_kept(tables):
-    root, judged = tables
-    middle, low, high = interval_of(judged["cifar10-cpu"], "scratch", -1)
+def test_each_way_of_writing_is_kept(project):
+    root, tables = project
+    middle, low, high = interval_of(tables["cifar10-cpu"], "scratch", -1)
     linear = interval_of(pd.read_csv(root / "results/cifar10-cpu/probes.csv").to_dict("records"), "l2")
     text = """Up by 1.0 (0.5 to 1.5)<!--n: default - scratch-->, as 9.9 points
     (1.1 to 2.2)<!--n: default - scratch--> or (+0.0, -1.0
     to +1.0<!--n: scratch - default-->), or +1.2<!--n: l2 - default; probe_linear--> alone; 3.3 (2.2 to 4.4) stays."""
-    assert renumbered(text, root, judged) == (
+    assert renumbered(text, root, tables) == (
         f"Up by {middle:.1f} ({low:.1f} to {high:.1f})<!--n: default - scratch-->, as {middle:.1f} points\n"
         f"    ({low:.1f} to {high:.1f})<!--n: default - scratch--> or ({-middle:+.1f}, {-high:+.1f}\n"
         f"    to {-low:+.1f}<!--n: scratch - default-->), or {linear[0]:+.1f}<!--n: l2 - default; probe_linear--> "
         "alone; 3.3 (2.2 to 4.4) stays."
     )
-    again = renumbered(text, root, judged)
-    assert renumbered(again, root, judged) == again
+    again = renumbered(text, root, tables)
+    assert renumbered(again, root, tables) == again
 
 
-def test_any_two_arms_at_95_percent_by_themselves(tables):
-    root, judged = tables
-    said = renumbered("+0.0 (+0.0 to +0.0)<!--n: l2 - scratch; each-->", root, judged)
+def test_any_two_arms_at_95_percent_by_themselves(project):
+    root, tables = project
+    said = renumbered("+0.0 (+0.0 to +0.0)<!--n: l2 - scratch; each-->", root, tables)
     assert said.startswith("+7.6 (") and said.endswith(")<!--n: l2 - scratch; each-->")
     # a question of one arm has the same level
     one = "+0.0 (+0.0 to +0.0)<!--n: l2 - default{}-->"
-    each, joint = (renumbered(one.format(kind), root, judged).partition("<")[0] for kind in ("; each", ""))
+    each, joint = (renumbered(one.format(kind), root, tables).partition("<")[0] for kind in ("; each", ""))
     assert each == joint
 
 
-def test_what_the_tables_do_not_say_is_refused(tables):
-    root, judged = tables
+def test_what_the_tables_do_not_say_is_refused(project):
+    root, tables = project
     with pytest.raises(ValueError, match="l2 - scratch: the tables of cifar10-cpu do not compare these"):
-        renumbered("+1.0 (+0.0 to +2.0)<!--n: l2 - scratch-->", root, judged)
+        renumbered("+1.0 (+0.0 to +2.0)<!--n: l2 - scratch-->", root, tables)
+    for text, said in (
+        ("1.0 points<!--n: l2 - default-->", "l2 - default: there is no number, or number"),
+        ("1.0 (95 %: 0.1 to 2.0)<!--n: l2 - default-->", "l2 - default: there is no number, or number"),
+        ("1.0 <!-- n: l2 - default -->", "l2 - default: there is no number, or number"),
+        ("1.0<!--n: l2 - default; twice-->", "l2 - default; twice: what follows the arms is unknown"),
+        ("1.0<!--n: l2 - default; quick-->", "l2 - default; quick: what follows the arms is unknown"),
+        ("1.0<!--n: l2 - mae; each-->", "l2 - mae; each is now nan nan nan: too few runs"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            renumbered(text, root, tables)
     # +0.8 (-1.3 to +2.8): no longer beyond zero
     with pytest.raises(ValueError, match=r"l2 - default is now 0\.8 -.* without a sign, as beyond zero"):
-        renumbered("a gain of 1.0 (0.2 to 1.8)<!--n: l2 - default-->", root, judged)
+        renumbered("a gain of 1.0 (0.2 to 1.8)<!--n: l2 - default-->", root, tables)

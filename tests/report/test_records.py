@@ -1,10 +1,12 @@
 """What git keeps of finished runs for figures."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
-from simmimlib.report.records import drop_others, load_curves, picture_of, read_images, write_images
+from simmimlib.report.figures import save
+from simmimlib.report.records import drop_others, is_here, load_curves, picture_of, read_images, runs_in, write_images
 
 
 def finish(folder, arm, seed, loss, stages=("pretrain", "finetune", "probe")):
@@ -43,6 +45,7 @@ def test_curves_of_runs_here_and_elsewhere(tmp_path):
     finish(tmp_path, "l2", 0, 0.5)
     finish(tmp_path, "l2", 1, 9.0, stages=("pretrain",))  # under way
     (tmp_path / "runs/default-0").rename(tmp_path / "runs/elsewhere")
+    assert is_here(tmp_path, "l2", 0) and not is_here(tmp_path, "l2", 1) and not is_here(tmp_path, "default", 0)
     curves = load_curves(tmp_path, runs)
     assert losses(curves)[:2] == [("default", 0, 1, 1.0), ("default", 0, 2, 0.33333)]
     assert losses(curves)[2:] == [("l2", 0, 1, 0.5), ("l2", 0, 2, 0.16667)]
@@ -75,8 +78,20 @@ def test_images_return_as_they_were(tmp_path, channels, kept):
 
 
 def test_pictures_of_other_settings_are_dropped(tmp_path):
-    drop_others(tmp_path, runs_of(("default", 0, "aa")))  # nothing there yet
+    drop_others(tmp_path, runs_of(("default", 0, "aa")))
+    assert (tmp_path / "predictions").is_dir(), "the pipeline expects it"
     for settings in ("aa", "bb"):
         write_images(picture_of(tmp_path, "default", 0, settings), np.zeros((1, 2, 2, 3)))
     drop_others(tmp_path, runs_of(("default", 0, "aa"), ("l2", 0, "cc")))
     assert [path.name for path in (tmp_path / "predictions").iterdir()] == ["default-0-aa.png"]
+
+
+def test_a_figure_names_the_runs_that_it_shows(tmp_path):
+    path = tmp_path / "figures/loss-loss.png"
+    assert runs_in(path) == set()
+    figure, _ = plt.subplots()
+    save(figure, path, {"l2-0", "default-0"})
+    assert runs_in(path) == {"default-0", "l2-0"}
+    save(figure, path)  # a figure of means
+    assert runs_in(path) == set()
+    plt.close(figure)
