@@ -102,6 +102,7 @@ def arms_beside_paper(table: pd.DataFrame, title: str = "") -> Figure:
     ours.set_yticks(place, [f"{row.label}  (n = {row.seeds})" for row in table.itertuples()], fontsize=8)
     ours.set(xlabel="top-1, %; line: what a question compares with", title=f"{title} (95 % intervals from n = 3)")
     paper.set(xlabel="ImageNet-1K top-1, %", title="paper")
+    ours.set_ylim(-0.7, len(table) - 0.3)  # matplotlib's margins grow with the number of arms
     paper.margins(x=0.25)
     paper.xaxis.set_major_locator(MaxNLocator(4))
     for axis in (ours, paper):
