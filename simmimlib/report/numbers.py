@@ -2,18 +2,20 @@
 
     MAE is above SimMIM by 5.8 (4.3 to 7.3)<!--n: mae - simmim_xavier-->.
 
-The two arms may be followed by a profile other than ``cifar10-cpu``, by ``probe_linear``, and by ``each`` for an
-interval at 95 % by itself in place of the joint one of the arms' question; or by ``both`` (``front.pooled``) alone. How
-a number is written stays as it was: with a sign or without, "a (b to c)", "a, b to c" or "a" alone. No torch.
+The two arms may be followed by a profile other than ``cifar10-cpu``, by ``probe_linear``, by ``each`` for an interval
+at 95 % by itself in place of the joint one of the arms' question, and by ``own`` for the error of the arms' own start
+(``statistics.own_error``); or by ``both`` (``front.pooled``) alone. How a number is written stays as it was: with a
+sign or without, "a (b to c)", "a, b to c" or "a" alone. No torch.
 """
 
 import re
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
 
-from simmimlib.report.statistics import LEVEL, paired
+from simmimlib.report.statistics import LEVEL, own_error, paired
 
 NUMBER = r"[+-]?\d+\.\d"
 INTERVAL = rf"((?:\s+points)?(?:\s+\(|,\s+))({NUMBER})(\s+to\s+){NUMBER}"
@@ -52,26 +54,41 @@ def _difference(what: str, root: Path, tables: dict[str, list[dict]]) -> tuple[f
     """What a comment names: a difference and the bounds of its interval."""
     arms, *options = what.split("; ")
     arm, _, other = arms.partition(" - ")
-    profile, *unknown = [name for name in options if name not in ("probe_linear", "each")] or ["cifar10-cpu"]
+    profile, *unknown = [name for name in options if name not in ("probe_linear", "each", "own")] or ["cifar10-cpu"]
     if unknown or profile not in tables or (profile == "both" and len(options) > 1):
         raise ValueError(f"{what}: what follows the arms is unknown or does not go together")
     rows, metric = tables[profile], "top1"
+    starts = {row["arm"]: row["start"] for row in rows if "start" in row}
+    if "own" in options and not starts:
+        raise ValueError(f"{what}: the tables of {profile} do not tell where arms start")
     if "probe_linear" in options:
         metric = "probe_linear"
-        rows = pd.read_csv(root / f"results/{profile}/probes.csv").to_dict("records")
+        rows = _read(root / f"results/{profile}/probes.csv").to_dict("records")
     if "each" in options:
-        runs = pd.read_csv(root / f"results/{profile}/runs.csv")
+        runs = _read(root / f"results/{profile}/runs.csv")
         own, beside = (runs[runs["arm"] == name].set_index("seed") for name in (arm, other))
         residual = next((row["residual_sd"], int(row["df"])) for row in rows if row["df"] > 0)
+        if "own" in options:
+            residual = own_error(runs.pivot(index="seed", columns="arm", values=metric), starts, arm, other)
         return _interval(paired(own, beside, metric, LEVEL, *residual))
     found = {(row["arm"], row["reference"]): row for row in rows}
+    prefix = "own_" if "own" in options else ""
     if (arm, other) in found:
-        return _interval(found[arm, other])
+        return _interval(found[arm, other], prefix)
     if (other, arm) in found:
-        middle, low, high = _interval(found[other, arm])
+        middle, low, high = _interval(found[other, arm], prefix)
         return -middle, -high, -low
     raise ValueError(f"{what}: the tables of {profile} do not compare these")
 
 
-def _interval(row: dict) -> tuple[float, float, float]:
-    return row["difference"], row["difference_low"], row["difference_high"]
+def _read(path: Path) -> pd.DataFrame:
+    return _parse(path, path.stat().st_mtime_ns)
+
+
+@lru_cache
+def _parse(path: Path, changed: int) -> pd.DataFrame:
+    return pd.read_csv(path)
+
+
+def _interval(row: dict, prefix: str = "") -> tuple[float, float, float]:
+    return row["difference"], row[f"{prefix}difference_low"], row[f"{prefix}difference_high"]

@@ -19,6 +19,7 @@ from scipy import stats
 MARGIN = 0.5
 LEVEL = 0.95
 PAIRED = ("data_digest", "device", "precision", "versions", "code")  # what the two runs of a pair should have in common
+OWN = ("difference_low", "difference_high", "residual_sd", "df", "verdict")
 UNDECIDED = "undecided at this scale"
 
 
@@ -57,6 +58,7 @@ def compare(
     metric: str = "top1",
     paper: str = "paper",
     planned: dict[str, int] | None = None,
+    starts: dict[str, str] | None = None,
 ) -> pd.DataFrame:
     """The table of arms, those with finished runs, question by question; an arm of several questions has several rows.
 
@@ -65,12 +67,14 @@ def compare(
     pairs, difference, difference_low, difference_high (joint over the question's arms), level, residual_sd, df;
     paper_difference, verdict; mixed (of how many pairs the two runs differ in device, precision, versions, code or
     images); fastest (images a second in pre-training, of the fastest seed); means of the other numbers of the runs.
+    With ``starts`` also start, and own_difference_low to own_verdict: the same with ``own_error``.
 
     Args:
         arms: ``pipeline.arms.load_arms()``.
         metric: the column of ``runs`` that is compared, in percent.
         paper: where an arm and its reference have the paper's value of it, ``"paper"`` or ``"paper_linear"``.
         planned: of each arm of the profile, its number of seeds; as many as there are if None.
+        starts: of each arm, where its encoder starts (``starts.start_of``).
 
     Raises:
         ValueError: no run of the default arm is there.
@@ -85,7 +89,8 @@ def compare(
     planned = planned or {arm: len(of_arm[arm]) for arm in present}
     families = [(arm, about) for arm in planned for about in (arms[arm], *arms[arm]["also"])]
     counts = Counter(about["question"] for arm, about in families if arm != about["reference"]["arm"])
-    error = residual(runs.pivot(index="seed", columns="arm", values=metric))
+    values = runs.pivot(index="seed", columns="arm", values=metric)
+    error = residual(values)
     rows = []
     for arm, about in listed:
         group, reference = of_arm[arm], about["reference"]
@@ -99,6 +104,12 @@ def compare(
         level = 1 - (1 - LEVEL) / max(counts[about["question"]], 1)  # in the default's own there is no arm to count
         beside = None if arm == reference["arm"] else of_arm.get(reference["arm"], group[:0])
         row |= judge(group, beside, metric, level, error, paper_difference)
+        if starts:
+            row["start"] = starts[arm]
+        if starts and beside is not None and len(beside):
+            own = own_error(values, starts, arm, reference["arm"])
+            again = judge(group, beside, metric, level, own, paper_difference)
+            row |= {f"own_{name}": again[name] for name in OWN}
         if "pretrain_images_per_second" in group:
             row["fastest"] = group["pretrain_images_per_second"].max()
         others = group.select_dtypes("number").drop(columns=metric, errors="ignore").mean()
@@ -118,6 +129,29 @@ def residual(values: pd.DataFrame) -> tuple[float, int]:
     fitted, _, rank, _ = np.linalg.lstsq(effects, found)
     df = len(found) - int(rank)
     return (float(np.sqrt(((found - effects @ fitted) ** 2).sum() / df)) if df else np.nan), df
+
+
+def own_error(values: pd.DataFrame, starts: dict[str, str], arm: str, reference: str) -> tuple[float, int]:
+    """``residual`` of the arms that start as these two do or, where these start differently, of their pairs alone.
+
+    What one error for all runs leaves out: the effect of a seed and the size of the error may differ between starts.
+
+    Args:
+        values: as of ``residual``.
+        starts: of each arm, where its encoder starts.
+    """
+    same = [name for name in values.columns if starts[name] == starts[arm]]
+    return residual(values[same if reference in same else [arm, reference]])
+
+
+def by_start(runs: pd.DataFrame, starts: dict[str, str], metric: str) -> pd.DataFrame:
+    """A row a start: arms, runs, and the ``residual`` of these runs, sd and df."""
+    rows = []
+    for start in dict.fromkeys(starts[arm] for arm in runs["arm"]):
+        own = runs[runs["arm"].map(starts) == start]
+        sd, df = residual(own.pivot(index="seed", columns="arm", values=metric))
+        rows.append({"start": start, "arms": own["arm"].nunique(), "runs": len(own), "sd": sd, "df": df})
+    return pd.DataFrame(rows)
 
 
 def judge(

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from simmimlib.machine.files import write_csv, write_json, write_text
-from simmimlib.report.statistics import MARGIN
+from simmimlib.report.statistics import MARGIN, by_start
 from simmimlib.settings import Settings, require, setting
 
 
@@ -46,6 +46,8 @@ def to_markdown(
     notes: dict[str, str] | None = None,
 ) -> str:
     """One small table per question, each beginning with what the arms are compared with and followed by its pictures.
+
+    Where arms start differently, a last part tells what an error of each start's own would change.
 
     Args:
         table: from ``statistics.compare``; with ``planned``, the seeds of each arm in the profile, they are told.
@@ -100,7 +102,50 @@ def to_markdown(
         if note := (notes or {}).get(question):
             lines += [note, ""]
         lines += _shown(pictures.get(question, []))
+    if "start" in table and table["start"].nunique() > 1:
+        lines += _own_errors(table, probes, runs)
     return "\n".join(lines)
+
+
+def _own_errors(table: pd.DataFrame, probes: pd.DataFrame | None, runs: pd.DataFrame) -> list[str]:
+    """The spread of runs by start, and the comparisons that read otherwise with it."""
+    starts, labels = (dict(zip(table["arm"], table[name], strict=True)) for name in ("start", "label"))
+    metrics = {"top-1": ("top1", table)}
+    if probes is not None and probes["probes"].any():
+        metrics["linear probe"] = ("probe_linear", probes[probes["probes"]])
+    lines = [
+        "## Would an error of each start's own say something else?",
+        "",
+        "Encoder, positions and initial weights decide what a seed draws, so that its effect, and the error of a run, "
+        "may differ from start to start. Standard deviation of a run in points, once seed and arm are taken out within "
+        "a start (degrees of freedom):",
+        "",
+        f"| start | arms | runs | {' | '.join(metrics)} |",
+        f"|{'---|' * (3 + len(metrics))}",
+    ]
+    spreads = [by_start(runs, starts, column).to_dict("records") for column, _ in metrics.values()]
+    for first, *more in zip(*spreads, strict=True):
+        found = [f"{row['sd']:.2f} ({row['df']})" if row["df"] else "–" for row in (first, *more)]
+        lines.append(f"| {first['start']} | {first['arms']} | {first['runs']} | {' | '.join(found)} |")
+    others = []
+    for metric, (_, compared) in metrics.items():
+        for row in compared[compared["own_df"] > 0].to_dict("records"):
+            (said, *reading), (own_said, *own_reading) = _said(row, ""), _said(row, "own_")
+            if reading != own_reading:
+                others.append(f"| {metric} | {row['label']} | {labels[row['reference']]} | {said} | {own_said} |")
+    how = "With these errors, and by their own pairs where two arms start differently, at the same joint levels,"
+    if not others:
+        return [*lines, "", f"{how} every verdict is the same, and the same intervals exclude zero.", ""]
+    how += " these comparisons have another verdict, or an interval that begins or ceases to exclude zero:"
+    columns = "| metric | arm | compared with | with one error | with their own |"
+    return [*lines, "", how, "", columns, f"|{'---|' * 5}", *others, ""]
+
+
+def _said(row: dict, prefix: str) -> tuple[str, bool, str]:
+    """A difference with its interval and verdict in words, whether the interval excludes zero, and the verdict."""
+    low, high, verdict = (row[f"{prefix}{name}"] for name in ("difference_low", "difference_high", "verdict"))
+    told = "" if verdict == "not in the paper" else f", {verdict.removesuffix(' at this scale')}"
+    return f"{row['difference']:+.1f} ({low:+.1f} to {high:+.1f}){told}", bool(low * high > 0), verdict
 
 
 def _resolution(table: pd.DataFrame, probes: pd.DataFrame | None) -> list[str]:

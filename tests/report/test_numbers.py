@@ -4,6 +4,7 @@ import re
 
 import pandas as pd
 import pytest
+from scipy import stats
 from tables_data import ARMS, runs
 
 from simmimlib.report.numbers import renumbered
@@ -52,6 +53,22 @@ def test_any_two_arms_at_95_percent_by_themselves(project):
     one = "+0.0 (+0.0 to +0.0)<!--n: l2 - default{}-->"
     each, joint = (renumbered(one.format(kind), root, tables).partition("<")[0] for kind in ("; each", ""))
     assert each == joint
+
+
+def test_the_error_of_the_arms_own_start(project):
+    """Of L2 and the default, which share it, and of a pair that does not: the paired t-test."""
+    root, tables = project
+    frame = pd.read_csv(root / "results/cifar10-cpu/runs.csv")
+    starts = {"default": "one", "l2": "one", "scratch": "other"}
+    tables = {"cifar10-cpu": compare(frame, ARMS, starts=starts).to_dict("records")}
+    wide = frame.pivot(index="seed", columns="arm", values="top1")
+    for arm in ("l2", "scratch"):
+        low, high = stats.ttest_rel(wide[arm], wide["default"]).confidence_interval()
+        said = renumbered(f"+0.0 (+0.0 to +0.0)<!--n: {arm} - default; own-->", root, tables)
+        assert f"({low:+.1f} to {high:+.1f})<" in said
+        assert f"({low:+.1f} to {high:+.1f})<" in renumbered(said.replace("own", "each; own"), root, tables)
+    with pytest.raises(ValueError, match="the tables of cifar10-cpu do not tell where arms start"):
+        renumbered("+1.0<!--n: l2 - default; own-->", *project)
 
 
 def test_what_the_tables_do_not_say_is_refused(project):

@@ -4,7 +4,7 @@ import pytest
 from scipy import stats
 from tables_data import ARMS, runs
 
-from simmimlib.report.statistics import compare, interval, residual, verdict
+from simmimlib.report.statistics import by_start, compare, interval, residual, verdict
 
 
 def test_interval_is_students():
@@ -60,6 +60,30 @@ def test_residual_of_a_two_way_layout_with_a_run_missing():
     values = pd.DataFrame({"a": [1.0, 4.0, 9.0], "b": [3.0, 8.0, np.nan]})
     assert residual(values) == (pytest.approx(1.0), 1)
     assert residual(values.iloc[:1])[1] == 0 and np.isnan(residual(values.iloc[:1])[0])
+
+
+STARTS = {"default": "one", "l2": "one", "mae": "other", "mae_2": "other", "scratch": "one"}
+
+
+def test_an_error_of_each_starts_own():
+    """Arms of one start take the error of that start's runs, across starts it is the paired t-test."""
+    frame = runs(default=[50, 60, 71], l2=[51, 63, 70], mae=[70, 60, 58], mae_2=[75, 52, 60], scratch=[40, 55, 59])
+    table = compare(frame, ARMS, starts=STARTS).set_index("arm")
+    values = frame.pivot(index="seed", columns="arm", values="top1")
+    assert table.loc["default", "start"] == "one" and np.isnan(table.loc["default", "own_residual_sd"])
+    for arm, same in (("l2", ["default", "l2", "scratch"]), ("mae_2", ["mae", "mae_2"])):
+        sd, df = residual(values[same])
+        row = table.loc[arm]
+        half = stats.t.ppf((1 + row["level"]) / 2, df) * sd * np.sqrt(2 / 3)
+        assert (row["own_residual_sd"], row["own_df"]) == (pytest.approx(sd, abs=1e-4), df)
+        expected = row["difference"] - half, row["difference"] + half
+        assert (row["own_difference_low"], row["own_difference_high"]) == pytest.approx(expected, abs=1e-3)
+    across = stats.ttest_rel(values["mae"], values["default"]).confidence_interval()
+    row = table.loc["mae"]
+    assert (row["own_difference_low"], row["own_difference_high"]) == pytest.approx(tuple(across), abs=1e-3)
+    spreads = by_start(frame, STARTS, "top1").set_index("start")
+    assert spreads.loc["one", "runs"] == 9 and spreads.loc["other", "arms"] == 2
+    assert spreads.loc["one", "sd"] == pytest.approx(residual(values[["default", "l2", "scratch"]])[0])
 
 
 def test_joint_intervals_cover_the_truth():

@@ -69,6 +69,22 @@ def test_a_reference_of_its_own_is_the_first_row_and_probes_have_a_table():
     assert "| 70.0 | +4.5 |" in sections["Which depth?"] and "| 84.9 | +0.1 |" in sections["Which depth?"]
 
 
+def test_what_an_error_of_each_starts_own_would_change():
+    """The other start's runs vary by tens of points: with one error nothing is decided, with its own L2 is."""
+    frame = runs(default=[50, 65, 80], l2=[52, 67, 82.1], mae=[40, 90, 20], mae_2=[90, 40, 60])
+    starts = {"default": "one", "l2": "one", "mae": "other", "mae_2": "other"}
+    markdown = to_markdown(compare(frame, ARMS, starts=starts), "quick", frame, [], {})
+    part = markdown.partition("## Would an error of each start's own say something else?")[2]
+    assert "| one | 2 | 6 | 0.04 (2) |" in part and "| other | 2 | 6 | 38.94 (2) |" in part
+    (row,) = [line for line in part.splitlines() if line.startswith("| top-1 ")]
+    assert row.startswith("| top-1 | L2 | Default | +2.0 (-")
+    assert row.endswith(", undecided | +2.0 (+1.9 to +2.2), disagrees |")
+    alike = to_markdown(compare(frame, ARMS, starts=dict.fromkeys(starts, "one")), "quick", frame, [], {})
+    assert "each start's own" not in alike and "each start's own" not in to_markdown(
+        compare(frame, ARMS), "quick", frame, [], {}
+    )
+
+
 def test_of_the_default_alone_there_is_nothing_to_tell_apart(frame):
     alone = markdown_of(frame[frame["arm"] == "default"])
     assert "Standard deviation" not in alone and "of differences: top-1 0." in markdown_of(frame)
