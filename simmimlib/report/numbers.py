@@ -10,7 +10,6 @@ sign or without, "a (b to c)", "a, b to c" or "a" alone. No torch.
 
 import re
 from collections import Counter
-from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -59,13 +58,13 @@ def _difference(what: str, root: Path, tables: dict[str, list[dict]]) -> tuple[f
         raise ValueError(f"{what}: what follows the arms is unknown or does not go together")
     rows, metric = tables[profile], "top1"
     starts = {row["arm"]: row["start"] for row in rows if "start" in row}
-    if "own" in options and not starts:
-        raise ValueError(f"{what}: the tables of {profile} do not tell where arms start")
+    if "own" in options and not {arm, other} <= set(starts):
+        raise ValueError(f"{what}: the tables of {profile} do not tell where these start")
     if "probe_linear" in options:
         metric = "probe_linear"
-        rows = _read(root / f"results/{profile}/probes.csv").to_dict("records")
+        rows = pd.read_csv(root / f"results/{profile}/probes.csv").to_dict("records")
     if "each" in options:
-        runs = _read(root / f"results/{profile}/runs.csv")
+        runs = pd.read_csv(root / f"results/{profile}/runs.csv")
         own, beside = (runs[runs["arm"] == name].set_index("seed") for name in (arm, other))
         residual = next((row["residual_sd"], int(row["df"])) for row in rows if row["df"] > 0)
         if "own" in options:
@@ -79,15 +78,6 @@ def _difference(what: str, root: Path, tables: dict[str, list[dict]]) -> tuple[f
         middle, low, high = _interval(found[other, arm], prefix)
         return -middle, -high, -low
     raise ValueError(f"{what}: the tables of {profile} do not compare these")
-
-
-def _read(path: Path) -> pd.DataFrame:
-    return _parse(path, path.stat().st_mtime_ns)
-
-
-@lru_cache
-def _parse(path: Path, changed: int) -> pd.DataFrame:
-    return pd.read_csv(path)
 
 
 def _interval(row: dict, prefix: str = "") -> tuple[float, float, float]:

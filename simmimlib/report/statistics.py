@@ -1,11 +1,12 @@
 """Statistics over seeds: intervals, paired differences to a reference, verdicts beside the paper's. No torch.
 
 Intervals of means are Student-t intervals over seeds. Differences are paired by seed, which removes what the arms of
-one seed share (labelled images, order, the classifier's first weights; of one method also the encoder's). What is left,
-the standard deviation of a run after the effects of its seed and its arm, is estimated once from all runs of a profile,
-as in an analysis of variance with seeds as blocks; three seeds of one arm alone would leave two degrees of freedom.
-With a single arm this is the paired t-test. Where a question has several arms, the intervals of its differences, and
-with them its verdicts, hold jointly: each is at the level 1 - 0.05 / arms (Bonferroni), finished or not.
+one seed share (labelled images, order, the classifier's first weights; with timm's initial weights also the encoder).
+What is left, the standard deviation of a run after the effects of its seed and its arm, is estimated once from all runs
+of a profile, as in an analysis of variance with seeds as blocks; three seeds of one arm alone would leave two degrees
+of freedom. With a single arm this is the paired t-test. Where a question has several arms, the intervals of its
+differences, and with them its verdicts, hold jointly: each is at the level 1 - 0.05 / arms (Bonferroni), finished or
+not.
 """
 
 from collections import Counter

@@ -47,7 +47,7 @@ def to_markdown(
 ) -> str:
     """One small table per question, each beginning with what the arms are compared with and followed by its pictures.
 
-    Where arms start differently, a last part tells what an error of each start's own would change.
+    Where arms start differently, a last part tells what a separate error for each start would change.
 
     Args:
         table: from ``statistics.compare``; with ``planned``, the seeds of each arm in the profile, they are told.
@@ -102,23 +102,23 @@ def to_markdown(
         if note := (notes or {}).get(question):
             lines += [note, ""]
         lines += _shown(pictures.get(question, []))
-    if "start" in table and table["start"].nunique() > 1:
+    if table.get("own_df", pd.Series(0)).gt(0).any() and table["start"].nunique() > 1:
         lines += _own_errors(table, probes, runs)
     return "\n".join(lines)
 
 
 def _own_errors(table: pd.DataFrame, probes: pd.DataFrame | None, runs: pd.DataFrame) -> list[str]:
-    """The spread of runs by start, and the comparisons that read otherwise with it."""
+    """The error of a run by start, and the comparisons that it would change."""
     starts, labels = (dict(zip(table["arm"], table[name], strict=True)) for name in ("start", "label"))
     metrics = {"top-1": ("top1", table)}
     if probes is not None and probes["probes"].any():
         metrics["linear probe"] = ("probe_linear", probes[probes["probes"]])
     lines = [
-        "## Would an error of each start's own say something else?",
+        "## Would a separate error for each start change the conclusions?",
         "",
-        "Encoder, positions and initial weights decide what a seed draws, so that its effect, and the error of a run, "
-        "may differ from start to start. Standard deviation of a run in points, once seed and arm are taken out within "
-        "a start (degrees of freedom):",
+        "The effect of a seed and the error of a run may differ with encoder, positions and initial weights, together "
+        "the start of an arm. Residual standard deviation of a run after the effects of seed and arm within a start, in "
+        "points (degrees of freedom):",
         "",
         f"| start | arms | runs | {' | '.join(metrics)} |",
         f"|{'---|' * (3 + len(metrics))}",
@@ -132,13 +132,14 @@ def _own_errors(table: pd.DataFrame, probes: pd.DataFrame | None, runs: pd.DataF
         for row in compared[compared["own_df"] > 0].to_dict("records"):
             (said, *reading), (own_said, *own_reading) = _said(row, ""), _said(row, "own_")
             if reading != own_reading:
-                others.append(f"| {metric} | {row['label']} | {labels[row['reference']]} | {said} | {own_said} |")
-    how = "With these errors, and by their own pairs where two arms start differently, at the same joint levels,"
+                cells = [metric, row["label"], labels[row["reference"]], said, own_said, f"{row['own_df']:.0f}"]
+                others.append(f"| {' | '.join(cells)} |")
+    how = "With these errors (for arms of different starts, the paired t-test of the two) and the same joint levels,"
     if not others:
         return [*lines, "", f"{how} every verdict is the same, and the same intervals exclude zero.", ""]
-    how += " these comparisons have another verdict, or an interval that begins or ceases to exclude zero:"
-    columns = "| metric | arm | compared with | with one error | with their own |"
-    return [*lines, "", how, "", columns, f"|{'---|' * 5}", *others, ""]
+    how += " these comparisons change their verdict, or whether their interval excludes zero:"
+    columns = "| metric | arm | compared with | one error | separate error | its degrees of freedom |"
+    return [*lines, "", how, "", columns, f"|{'---|' * 6}", *others, ""]
 
 
 def _said(row: dict, prefix: str) -> tuple[str, bool, str]:

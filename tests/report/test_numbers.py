@@ -8,7 +8,7 @@ from scipy import stats
 from tables_data import ARMS, runs
 
 from simmimlib.report.numbers import renumbered
-from simmimlib.report.statistics import compare
+from simmimlib.report.statistics import compare, residual
 
 
 @pytest.fixture
@@ -56,19 +56,37 @@ def test_any_two_arms_at_95_percent_by_themselves(project):
 
 
 def test_the_error_of_the_arms_own_start(project):
-    """Of L2 and the default, which share it, and of a pair that does not: the paired t-test."""
-    root, tables = project
-    frame = pd.read_csv(root / "results/cifar10-cpu/runs.csv")
-    starts = {"default": "one", "l2": "one", "scratch": "other"}
+    """Of arms that share it, jointly and by themselves; of a pair that does not, the paired t-test."""
+    root, _ = project
+    values = {"default": [50.0, 54.0, 52.0], "l2": [51.0, 54.5, 52.8], "smooth_l1": [52.0, 53.5, 54.8]}
+    frame = runs(**values, scratch=[44.0, 45.0, 46.6]).assign(probe_linear=lambda own: own["top1"] ** 2 / 100)
+    starts = dict.fromkeys(values, "one") | {"scratch": "other"}
     tables = {"cifar10-cpu": compare(frame, ARMS, starts=starts).to_dict("records")}
-    wide = frame.pivot(index="seed", columns="arm", values="top1")
-    for arm in ("l2", "scratch"):
-        low, high = stats.ttest_rel(wide[arm], wide["default"]).confidence_interval()
-        said = renumbered(f"+0.0 (+0.0 to +0.0)<!--n: {arm} - default; own-->", root, tables)
-        assert f"({low:+.1f} to {high:+.1f})<" in said
-        assert f"({low:+.1f} to {high:+.1f})<" in renumbered(said.replace("own", "each; own"), root, tables)
-    with pytest.raises(ValueError, match="the tables of cifar10-cpu do not tell where arms start"):
-        renumbered("+1.0<!--n: l2 - default; own-->", *project)
+    frame.to_csv(root / "results/cifar10-cpu/runs.csv", index=False)
+    probes = compare(frame, ARMS, "probe_linear", "paper_linear", starts=starts)
+    probes.to_csv(root / "results/cifar10-cpu/probes.csv", index=False)
+
+    def said(what):
+        return renumbered(f"+0.0 (+0.0 to +0.0)<!--n: {what}-->", root, tables).partition("<")[0]
+
+    def expected(metric, arm, level, same, sign=1):
+        wide = frame.pivot(index="seed", columns="arm", values=metric)
+        sd, df = residual(wide[same])
+        middle, half = (
+            sign * (wide[arm] - wide["default"]).mean(),
+            stats.t.ppf((1 + level) / 2, df) * sd * (2 / 3) ** 0.5,
+        )
+        return f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})"
+
+    for metric, option in (("top1", ""), ("probe_linear", "; probe_linear")):
+        assert said(f"l2 - default{option}; own") == expected(metric, "l2", 0.975, list(values))
+        assert said(f"l2 - default{option}; each; own") == expected(metric, "l2", 0.95, list(values))
+        assert said(f"default - l2{option}; own") == expected(metric, "l2", 0.975, list(values), -1)
+        assert said(f"scratch - default{option}; own") == expected(metric, "scratch", 0.95, ["scratch", "default"])
+    assert said("l2 - default; own") != said("l2 - default; each; own") != said("l2 - default; each")
+    for arms, of in (("l2 - typo", tables), ("l2 - default", project[1])):
+        with pytest.raises(ValueError, match=f"{arms}; own: the tables of cifar10-cpu do not tell where these start"):
+            renumbered(f"+1.0<!--n: {arms}; own-->", root, of)
 
 
 def test_what_the_tables_do_not_say_is_refused(project):

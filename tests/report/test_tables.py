@@ -69,20 +69,43 @@ def test_a_reference_of_its_own_is_the_first_row_and_probes_have_a_table():
     assert "| 70.0 | +4.5 |" in sections["Which depth?"] and "| 84.9 | +0.1 |" in sections["Which depth?"]
 
 
-def test_what_an_error_of_each_starts_own_would_change():
+SEPARATE = "## Would a separate error for each start change the conclusions?"
+STARTS = {"default": "one", "l2": "one", "mae": "other", "mae_2": "other"}
+
+
+def separate(frame, probes=False):
+    """The part of a page about the error of each start, "" if it has none."""
+    starts = {arm: STARTS[arm] for arm in set(frame["arm"])}
+    linear = compare(frame, ARMS, "probe_linear", "paper_linear", starts=starts) if probes else None
+    page = to_markdown(compare(frame, ARMS, starts=starts), "quick", frame, [], {}, linear)
+    return page.partition(SEPARATE)[2]
+
+
+def test_a_separate_error_for_each_start_may_change_a_verdict():
     """The other start's runs vary by tens of points: with one error nothing is decided, with its own L2 is."""
-    frame = runs(default=[50, 65, 80], l2=[52, 67, 82.1], mae=[40, 90, 20], mae_2=[90, 40, 60])
-    starts = {"default": "one", "l2": "one", "mae": "other", "mae_2": "other"}
-    markdown = to_markdown(compare(frame, ARMS, starts=starts), "quick", frame, [], {})
-    part = markdown.partition("## Would an error of each start's own say something else?")[2]
+    part = separate(runs(default=[50, 65, 80], l2=[52, 67, 82.1], mae=[40, 90, 20], mae_2=[90, 40, 60]))
     assert "| one | 2 | 6 | 0.04 (2) |" in part and "| other | 2 | 6 | 38.94 (2) |" in part
     (row,) = [line for line in part.splitlines() if line.startswith("| top-1 ")]
     assert row.startswith("| top-1 | L2 | Default | +2.0 (-")
-    assert row.endswith(", undecided | +2.0 (+1.9 to +2.2), disagrees |")
-    alike = to_markdown(compare(frame, ARMS, starts=dict.fromkeys(starts, "one")), "quick", frame, [], {})
-    assert "each start's own" not in alike and "each start's own" not in to_markdown(
-        compare(frame, ARMS), "quick", frame, [], {}
-    )
+    assert row.endswith(", undecided | +2.0 (+1.9 to +2.2), disagrees | 2 |")
+
+
+def test_arms_of_different_starts_and_the_linear_probe():
+    """By their own pairs, 7, 1 and 7 points, MAE's gain is not told from zero, its linear probe's steps of 2 are."""
+    frame = runs(default=[50, 65, 80], l2=[50.1, 65, 80], mae=[57, 66, 87], mae_2=[57, 66.1, 87])
+    frame["probe_linear"] = 20.0 + 2 * frame["arm"].str.len() + 0.1 * frame["seed"]
+    part = separate(frame, probes=True)
+    (row,) = [line for line in part.splitlines() if "| MAE | Default |" in line]
+    assert row.startswith("| top-1 | MAE | Default | +5.0 (+") and row.endswith("| +5.0 (-3.6 to +13.6) | 2 |")
+    assert "| start | arms | runs | top-1 | linear probe |" in part and "| linear probe | MAE" not in part
+
+
+def test_of_a_separate_error_there_may_be_nothing_to_tell():
+    alike = runs(default=[50, 65, 80], l2=[51, 66, 81.1], mae=[60, 75, 90.1], mae_2=[61, 76, 91])
+    assert "every verdict is the same, and the same intervals exclude zero." in separate(alike)
+    # without the arm that it is compared with, of one seed, or of one start
+    assert not separate(runs(default=[50, 65], mae_2=[61, 76])) and not separate(runs(default=[50], l2=[51], mae=[60]))
+    assert not separate(runs(default=[50, 65, 80], l2=[51, 66, 81.1]))
 
 
 def test_of_the_default_alone_there_is_nothing_to_tell_apart(frame):
