@@ -117,8 +117,8 @@ def _own_errors(table: pd.DataFrame, probes: pd.DataFrame | None, runs: pd.DataF
         "## Would a separate error for each start change the conclusions?",
         "",
         "The effect of a seed and the error of a run may differ with encoder, positions and initial weights, together "
-        "the start of an arm. Residual standard deviation of a run after the effects of seed and arm within a start, in "
-        "points (degrees of freedom):",
+        "the start of an arm. Residual standard deviation of a run after the effects of seed and arm within a start, "
+        "in points (degrees of freedom):",
         "",
         f"| start | arms | runs | {' | '.join(metrics)} |",
         f"|{'---|' * (3 + len(metrics))}",
